@@ -46,7 +46,7 @@ class Kernel:
 def parse(lines: Iterable[str]) -> list[Kernel]:
     kernels: dict[str, Kernel] = {}
     current: Kernel | None = None
-    compiling: Kernel | None = None  # "Used N registers" belongs to the entry function, device functions come in between
+    compiling: Kernel | None = None  # the entry function that "Used N registers" speaks of
     for line in lines:
         if match := _WGMMA.search(line):
             named = _QUOTED.search(line)
@@ -107,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     kernels = parse(args.log.read_text(errors="replace").splitlines())
     if not any(kernel.entry for kernel in kernels):
-        print(f"register_report: {args.log} names no kernel; was it built with -DJAX_FLASHMLA_WERROR=ON?", file=sys.stderr)
+        print(
+            f"register_report: {args.log} names no kernel; was it built with -DJAX_FLASHMLA_WERROR=ON?", file=sys.stderr
+        )
         return 2
     text = table(kernels)
     print(text, end="")
