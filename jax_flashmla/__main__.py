@@ -205,8 +205,8 @@ def main(argv: list[str] | None = None) -> int:
         results.append(result)
         if not args.json:
             print(
-                f"b {args.b} · s_q {s_q} causal · h_q {args.h_q} · h_kv {args.h_kv} · d_qk {args.d_qk} · {args.dtype} · "
-                f"{result['keys']} keys (0 to {result['longest']} a sequence)\n"
+                f"b {args.b} · s_q {s_q} causal · h_q {args.h_q} · h_kv {args.h_kv} · d_qk {args.d_qk} · "
+                f"{args.dtype} · {result['keys']} keys (0 to {result['longest']} a sequence)\n"
                 f"  shuffled pages of {args.page_size} tokens, NaN in unused slots\n"
                 f"  path {result['path']}: {result['microseconds']:.1f} µs, {result['tflops']:.3g} TFLOPS, "
                 f"{result['gbps']:.4g} GB/s\n"

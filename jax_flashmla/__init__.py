@@ -1,0 +1,20 @@
+"""Multi-head Latent Attention for JAX: the decode kernels of DeepSeek's models on Hopper GPUs, a pure-jnp reference elsewhere."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from ._native import register_cuda_targets
+from .api import flash_mla_with_kvcache, get_mla_metadata
+from .ops import EXPORT_SAFE
+
+try:
+    __version__ = version("jax-flashmla")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0.0.0+unknown"
+
+__all__ = [
+    "EXPORT_SAFE",
+    "__version__",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "register_cuda_targets",
+]

@@ -1,0 +1,137 @@
+"""Argument checks by name: what was expected, what came, what to do. Attributes are cast here and nowhere else."""
+
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KERNEL_DTYPES = ("bfloat16", "float16")
+REFERENCE_DTYPES = (*KERNEL_DTYPES, "float32")
+HEAD_DIMS = (576, 512)
+HEAD_DIM_V = 512
+PAGE_SIZES = (16, 32, 64, 128, 256)
+MAX_TOKENS = 2**31 - 1
+
+
+def array(name: str, value: Any, *, axes: str, dtypes: tuple[str, ...]) -> None:
+    """Checks rank and dtype; `axes` names the axes as the documentation does, such as "b, max_pages"."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} must be an array [{axes}], got {type(value).__name__}; use jnp.asarray")
+    if value.ndim != len(axes.split(",")):
+        raise ValueError(f"{name} must have the axes [{axes}], got shape {value.shape}; reshape it")
+    if str(value.dtype) not in dtypes:
+        wanted = " or ".join(dtypes)
+        raise TypeError(f"{name} must be {wanted}, got {value.dtype}; cast it with {name}.astype(jnp.{dtypes[0]})")
+
+
+def shape(name: str, value: jax.Array, expected: tuple[Any, ...], *, axes: str, remedy: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} must have shape [{axes}] = {expected}, got {value.shape}; {remedy}")
+
+
+def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, head_dim_v: int) -> None:
+    for name, value in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
+        if value is None:
+            raise ValueError(f"{name} must be an int32 array for dense decode, got None; only sparse decode goes without it")
+    array("q", q, axes="b, s_q, h_q, d_qk", dtypes=REFERENCE_DTYPES)
+    array("k_cache", k_cache, axes="P, page_size, h_kv, d_qk", dtypes=REFERENCE_DTYPES)
+    array("block_table", block_table, axes="b, max_pages", dtypes=("int32",))
+    array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
+    b, s_q, h_q, d_qk = q.shape
+    num_pages, page_size, h_kv, d_cache = k_cache.shape
+    if k_cache.dtype != q.dtype:
+        raise TypeError(f"k_cache must have q's dtype {q.dtype}, got {k_cache.dtype}; cast q to the dtype of the cache")
+    if d_qk not in HEAD_DIMS:
+        raise ValueError(f"q must have d_qk 576 or 512, got shape {q.shape}; pad or absorb the heads to one of them")
+    if d_cache != d_qk:
+        raise ValueError(f"k_cache must have q's d_qk = {d_qk}, got shape {k_cache.shape}; its last axis is [latent | rope]")
+    if head_dim_v != HEAD_DIM_V:
+        raise ValueError(f"head_dim_v must be {HEAD_DIM_V}, got {head_dim_v}; slice the output if you need fewer columns")
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"k_cache must have a page_size of {PAGE_SIZES}, got shape {k_cache.shape}; 64 is the fastest")
+    if num_pages == 0:
+        raise ValueError(f"k_cache must have at least one page, got shape {k_cache.shape}")
+    if h_kv == 0 or h_q == 0 or h_q % h_kv:
+        raise ValueError(f"h_q must be a multiple of h_kv, got h_q = {h_q} (q) and h_kv = {h_kv} (k_cache); pad the heads")
+    if s_q == 0:
+        raise ValueError(f"q must have at least one query token, got shape {q.shape}")
+    table_remedy = "give one row per sequence of q"
+    shape("block_table", block_table, (b, block_table.shape[1]), axes="b, max_pages", remedy=table_remedy)
+    shape("cache_seqlens", cache_seqlens, (b,), axes="b", remedy="give one length per sequence of q")
+    if isinstance(block_table.shape[1], int) and block_table.shape[1] * page_size > MAX_TOKENS:
+        raise ValueError(f"block_table must address fewer than 2**31 tokens, got shape {block_table.shape}; drop unused columns")
+    if (tile_scheduler_metadata is None) != (num_splits is None):
+        raise ValueError("tile_scheduler_metadata and num_splits must be given together; pass both results of get_mla_metadata")
+    if tile_scheduler_metadata is not None:
+        array("tile_scheduler_metadata", tile_scheduler_metadata, axes="num_parts, 8", dtypes=("int32",))
+        array("num_splits", num_splits, axes="b + 1", dtypes=("int32",))
+        remedy = "pass the results of get_mla_metadata for the same cache_seqlens"
+        parts = tile_scheduler_metadata.shape[0]
+        if parts == 0:
+            raise ValueError(f"tile_scheduler_metadata must have at least one part, got shape (0, ...); {remedy}")
+        shape("tile_scheduler_metadata", tile_scheduler_metadata, (parts, 8), axes="num_parts, 8", remedy=remedy)
+        shape("num_splits", num_splits, (b + 1,), axes="b + 1", remedy=remedy)
+
+
+def implementation(value: Any) -> None:
+    if value not in (None, "cuda", "xla"):
+        raise ValueError(f"implementation must be None, 'cuda' or 'xla', got {value!r}")
+
+
+def static(name: str, value: Any) -> None:
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} must be static, a plain Python value, got the traced {value.aval}; "
+            "close over it, or name it in static_argnames of jax.jit"
+        )
+
+
+def integer(name: str, value: Any, *, minimum: int) -> int:
+    static(name, value)
+    try:
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}") from None
+    if result < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {result}")
+    return result
+
+
+def flag(name: str, value: Any) -> bool:
+    static(name, value)
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
+    return bool(value)
+
+
+def scale(name: str, value: Any, *, default: float) -> float:
+    """The Python float nearest to the float32 that the kernel gets: one type, because attributes compare by value."""
+    static(name, value)
+    if value is None:
+        value = default
+    try:
+        given = math.nan if isinstance(value, (bool, np.bool_, str)) else float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}") from None
+    with np.errstate(over="ignore"):
+        result = float(np.float32(given))
+    if not (math.isfinite(result) and result >= 0):
+        raise ValueError(f"{name} must be finite in float32 and >= 0, got {value!r}; None takes d_qk ** -0.5")
+    return result
+
+
+def dense_only(**arguments: tuple[Any, Any]) -> None:
+    """Refuses what this version does not have; each argument comes with the value that means "not used"."""
+    for name, (value, unused) in arguments.items():
+        if value is not unused:
+            raise NotImplementedError(
+                f"{name} is not supported: this version of jax_flashmla has dense bfloat16/float16 decode only; "
+                f"leave {name} at its default {unused}"
+            )
+
+
+def to_jax(*arrays: Any) -> list[jax.Array]:
+    return [jnp.asarray(x) for x in arrays]

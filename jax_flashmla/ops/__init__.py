@@ -1,0 +1,12 @@
+"""The ops, one file each: shapes, the custom call with its workspaces, and the batch rule."""
+
+from jax import export
+
+from .._primitive import OPS
+from .dense_decode import dense_decode
+from .schedule import schedule
+
+EXPORT_SAFE = tuple(export.DisabledSafetyCheck.custom_call(op.target) for op in OPS.values())
+"""For `jax.export.export(f, disabled_checks=EXPORT_SAFE)`: the target names are versioned and keep their meaning."""
+
+__all__ = ["EXPORT_SAFE", "dense_decode", "schedule"]

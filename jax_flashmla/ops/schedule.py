@@ -1,0 +1,51 @@
+"""The split-KV plan: which part (a column of thread blocks) works on which KV blocks of which sequence."""
+
+import jax
+import jax.numpy as jnp
+
+from .. import _native, reference
+from .._primitive import define
+
+TARGET = "jax_flashmla.schedule.v1"
+ROW_TILE = 64
+METADATA_WIDTH = 8
+MAX_SPLITS = reference.MAX_INVARIANT_SPLITS
+
+
+def num_parts(b: int, rows: int, h_kv: int, *, batch_invariant: bool = False) -> int:
+    """The static number of parts for `rows` query rows per sequence and KV head.
+
+    A part is run by one thread block per row tile and KV head, so `parts * tiles` blocks share the SMs in waves. Fewer
+    parts write fewer partial results: take the fewest full waves that waste at most 5 % of the SMs.
+    """
+    if batch_invariant:
+        return b * MAX_SPLITS
+    sms = _native.sm_count()
+    if not isinstance(rows, int):  # symbolic under jax.export; every number is right, this one suits few rows
+        return sms
+    tiles = -(-rows // ROW_TILE) * h_kv
+    full = ((waves, waves * sms // tiles) for waves in range(1, tiles + 1))
+    return next(parts for waves, parts in full if parts and waves * sms <= 1.05 * parts * tiles)
+
+
+def shapes(cache_seqlens, *, parts, batch_invariant):
+    n, b = cache_seqlens.shape
+    return [
+        jax.ShapeDtypeStruct((n, parts, METADATA_WIDTH), jnp.int32),
+        jax.ShapeDtypeStruct((n, b + 1), jnp.int32),
+    ]
+
+
+def cuda(cache_seqlens, *, parts, batch_invariant):
+    results = shapes(cache_seqlens, parts=parts, batch_invariant=batch_invariant)
+    return jax.ffi.ffi_call(TARGET, results)(cache_seqlens, batch_invariant=batch_invariant)
+
+
+def batch(bind, size, operands, mapped):
+    (cache_seqlens,) = operands
+    metadata, num_splits = bind(cache_seqlens.reshape(-1, cache_seqlens.shape[-1]))
+    return [x.reshape(size, -1, *x.shape[1:]) for x in (metadata, num_splits)]
+
+
+# Operands are n independent batches, so that vmap makes n plans in one launch; the public function has n = 1.
+schedule = define("schedule", target=TARGET, shapes=shapes, reference=reference.schedule, cuda=cuda, batch=batch)

@@ -1,0 +1,153 @@
+"""Every op in plain jnp, with the same operands and attributes: the path without a Hopper GPU, and the contract."""
+
+import jax
+import jax.numpy as jnp
+
+from ._primitive import match_varying
+
+D_V = 512
+
+# One scan step reads this many keys per sequence: enough to keep matrix units busy, little enough that the gathered
+# pages and the scores stay small beside the pool, however long the context is.
+CHUNK_TOKENS = 512
+
+# The integers of the plan, the same in the CUDA planner: a KV block is 64 tokens; starting on a sequence costs about as
+# much as 5 blocks; a split under 4 blocks costs more in partial results than it saves.
+BLOCK = 64
+SEQUENCE_OVERHEAD_BLOCKS = 5
+MIN_SPLIT_BLOCKS = 4
+MIN_INVARIANT_BLOCKS = 16
+MAX_INVARIANT_SPLITS = 16
+MAX_TOTAL_BLOCKS = 2**30  # keeps every sum of the planner inside int32
+
+
+def clamp_lengths(cache_seqlens, block_table, page_size):
+    return jnp.clip(cache_seqlens, 0, jnp.asarray(block_table.shape[1] * page_size, jnp.int32))
+
+
+def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_splits=None, *, softmax_scale, causal):
+    """Online softmax over chunks of pages; differentiable. The plan does not matter here."""
+    b, s_q, h_q, d_qk = q.shape
+    num_pages, page_size, h_kv, _ = k_cache.shape
+    group = h_q // h_kv
+    rows = s_q * group
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None  # no TF32 behind a float32 request
+
+    lengths = clamp_lengths(cache_seqlens, block_table, page_size)
+    token = jnp.arange(rows, dtype=jnp.int32) // group
+    seen = lengths[:, None] - (s_q - 1 - token if causal else jnp.zeros_like(token))  # row r sees keys j < seen[r]
+    q = q.reshape(b, s_q, h_kv, group, d_qk).transpose(0, 2, 1, 3, 4).reshape(b, h_kv, rows, d_qk)
+
+    chunk_pages = max(1, CHUNK_TOKENS // page_size)
+    chunk_tokens = chunk_pages * page_size
+    steps = -(-block_table.shape[1] // chunk_pages)
+    spare = steps * chunk_pages - block_table.shape[1]
+    pages = jnp.pad(block_table, ((0, 0), (0, spare)), constant_values=-1)  # no page at all, so never read
+    pages = pages.reshape(b, steps, chunk_pages).swapaxes(0, 1)
+    starts = chunk_tokens * jnp.arange(steps, dtype=jnp.int32)
+
+    def attend(state, page, start):
+        peak, total, acc = state
+        position = start + jnp.arange(chunk_tokens, dtype=jnp.int32)
+        exists = (page >= 0) & (page < num_pages)
+        readable = jnp.repeat(exists, page_size, axis=1) & (position < lengths[:, None])
+        keys = k_cache.at[jnp.where(exists, page, 0)].get(mode="promise_in_bounds")
+        # Unused slots may hold NaN and 0 * NaN is NaN: they become zeros before any product, forward and backward.
+        keys = jnp.where(readable[:, :, None, None], keys.reshape(b, chunk_tokens, h_kv, d_qk), 0)
+        scores = jnp.einsum("bkrd,btkd->bkrt", q, keys, precision=precision, preferred_element_type=jnp.float32)
+        visible = readable[:, None, None, :] & (position < seen[:, None, :, None])
+        scores = jnp.where(visible, scores * jnp.float32(softmax_scale), -jnp.inf)
+        # The maximum cancels out of the result, so it needs no gradient. A row that has seen no key yet keeps -inf,
+        # and -inf - -inf is NaN: such a row is shifted by 0.
+        new_peak = jnp.maximum(peak, jax.lax.stop_gradient(scores.max(axis=-1)))
+        shift = jnp.where(new_peak == -jnp.inf, 0, new_peak)
+        p = jnp.exp(scores - shift[..., None])
+        rescale = jnp.exp(peak - shift)
+        values = keys[..., :D_V]
+        products = jnp.einsum(
+            "bkrt,btkd->bkrd", p.astype(values.dtype), values, precision=precision, preferred_element_type=jnp.float32
+        )
+        return new_peak, total * rescale + p.sum(axis=-1), acc * rescale[..., None] + products
+
+    def step(state, chunk):
+        page, start = chunk
+        # Tables are as wide as the longest context a server allows; what no sequence reaches costs nothing.
+        return jax.lax.cond(start < lengths.max(initial=0), attend, lambda state, *_: state, state, page, start), None
+
+    state = (
+        jnp.full((b, h_kv, rows), -jnp.inf, jnp.float32),
+        jnp.zeros((b, h_kv, rows), jnp.float32),
+        jnp.zeros((b, h_kv, rows, D_V), jnp.float32),
+    )
+    state = tuple(match_varying(x, q, k_cache, block_table, lengths) for x in state)
+    (peak, total, acc), _ = jax.lax.scan(step, state, (pages, starts))
+
+    empty = total == 0
+    divisor = jnp.where(empty, 1, total)
+    out = (acc / divisor[..., None]).astype(q.dtype)
+    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(divisor))
+    out = out.reshape(b, h_kv, s_q, group, D_V).transpose(0, 2, 1, 3, 4).reshape(b, s_q, h_q, D_V)
+    return out, lse.reshape(b, h_kv, s_q, group).swapaxes(2, 3).reshape(b, h_q, s_q)
+
+
+def schedule(cache_seqlens, *, parts, batch_invariant):
+    """n independent plans; see `_plan_balanced` and `_plan_invariant` for one."""
+    plan = _plan_invariant if batch_invariant else _plan_balanced
+    metadata, partials = jax.vmap(lambda lengths: plan(_blocks(lengths), parts))(cache_seqlens)
+    num_splits = jnp.pad(jnp.cumsum(partials, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    return jnp.pad(metadata, ((0, 0), (0, 0), (0, 3))), num_splits
+
+
+def _blocks(lengths):
+    lengths = jnp.maximum(lengths, 0)
+    return lengths // BLOCK + (lengths % BLOCK != 0).astype(jnp.int32)  # lengths + 63 could overflow
+
+
+def _plan_balanced(blocks, parts):
+    """Cuts the line of all sequences, each `overhead + blocks` long, into `parts` pieces of equal cost.
+
+    Every part finds its own two cuts from the prefix sums, so nothing is sequential. A cut that would leave a piece of
+    fewer than MIN_SPLIT_BLOCKS moves to the edge of the sequence.
+    """
+    b = blocks.shape[0]
+    blocks = jnp.minimum(blocks, jnp.asarray(MAX_TOTAL_BLOCKS, jnp.int32) // jnp.maximum(b, 1))
+    ends = jnp.cumsum(blocks + SEQUENCE_OVERHEAD_BLOCKS, dtype=jnp.int32)
+    total = ends.max(initial=0)
+    step = -((total + (parts - 1) * SEQUENCE_OVERHEAD_BLOCKS) // -parts) - SEQUENCE_OVERHEAD_BLOCKS
+    step = jnp.maximum(step, MIN_SPLIT_BLOCKS)
+
+    p = jnp.arange(parts + 1, dtype=jnp.int32)
+    cut = jnp.minimum(p * step + SEQUENCE_OVERHEAD_BLOCKS, total)
+    cut = jnp.where(p == 0, 0, jnp.where(p == parts, total, cut))
+    seq = (ends <= cut[:, None]).sum(axis=1, dtype=jnp.int32)
+    ends, blocks = jnp.append(ends, total), jnp.append(blocks, 0)  # sequence b: the end of the line
+    offset = cut - (ends[seq] - blocks[seq] - SEQUENCE_OVERHEAD_BLOCKS) - SEQUENCE_OVERHEAD_BLOCKS
+    block = offset - offset % 2
+    at_start = (seq == b) | (offset < MIN_SPLIT_BLOCKS) | (block < MIN_SPLIT_BLOCKS)
+    at_end = ~at_start & (blocks[seq] - block < MIN_SPLIT_BLOCKS)
+    seq = seq + at_end.astype(jnp.int32)
+    block = jnp.where(at_start | at_end, 0, block)
+
+    inside = block > 0
+    same_seq = (seq[:, None] == seq) & inside
+    split = jnp.where(inside, (same_seq & (p <= p[:, None])).sum(axis=1, dtype=jnp.int32), 0)
+    metadata = jnp.stack([seq[:-1], block[:-1], seq[1:], block[1:], split[:-1]], axis=1)
+    cuts = ((seq == jnp.arange(b, dtype=jnp.int32)[:, None]) & inside).sum(axis=1, dtype=jnp.int32)
+    return metadata, jnp.where(cuts > 0, cuts + 1, 0)
+
+
+def _plan_invariant(blocks, parts):
+    """Gives every sequence its own MAX_INVARIANT_SPLITS parts and cuts it by its own length alone."""
+    b = blocks.shape[0]
+    split_blocks = jnp.maximum(-(blocks // -MAX_INVARIANT_SPLITS), MIN_INVARIANT_BLOCKS)[:, None]
+    splits = jnp.maximum(-(blocks[:, None] // -split_blocks), 1)
+    seq = jnp.arange(b, dtype=jnp.int32)[:, None]
+    split = jnp.arange(MAX_INVARIANT_SPLITS, dtype=jnp.int32)
+    last = split == splits - 1
+    next_seq = jnp.where(last, seq + 1, seq)
+    zero = jnp.zeros_like(split * seq)
+    used = [seq + zero, split * split_blocks, next_seq, jnp.where(last, 0, (split + 1) * split_blocks), split + zero]
+    unused = [b + zero, zero, b + zero, zero, zero]
+    rows = [jnp.where(split < splits, u, v).reshape(parts) for u, v in zip(used, unused, strict=True)]
+    splits = splits[:, 0]
+    return jnp.stack(rows, axis=1), jnp.where(splits > 1, splits, 0)

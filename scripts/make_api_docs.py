@@ -1,0 +1,103 @@
+"""Writes docs/api.md from the docstrings; with --check, fails when the file is out of date.
+
+python scripts/make_api_docs.py [--check]
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import jax_flashmla
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "api.md"
+SECTION = re.compile(r"^(Args|Returns|Raises|Example|Source):\s*(.*)$")
+ENTRY = re.compile(r"^  (\S[^:]*): (.*)$")
+
+HEAD = """# API
+
+<!-- Made from the docstrings by scripts/make_api_docs.py: edit those. -->
+
+Letters as in [index.md](index.md). Arguments are checked at trace time; what only the device can see (page ids, lengths)
+never leads out of bounds.
+"""
+
+
+def signature(function: object) -> str:
+    """One parameter a line when the call does not fit in one, without quotes around annotations."""
+    assert callable(function)
+    sig = inspect.signature(function)
+    name = getattr(function, "__name__", "")
+    text = f"{name}{sig}".replace("'", "")
+    if len(text) <= 100:
+        return text
+    lines, star = [], False
+    for parameter in sig.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            lines.append("*")
+            star = True
+        lines.append(str(parameter).replace("'", ""))
+    returns = sig.return_annotation
+    arrow = "" if returns is sig.empty else f" -> {inspect.formatannotation(returns)}"
+    return f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + f"){arrow}"
+
+
+def markdown(doc: str) -> str:
+    """Google-style sections become headings, their entries list items, examples code blocks."""
+    out: list[str] = []
+    section = ""
+    example: list[str] = []
+    doc = re.sub(r"^(  \S[^:\n]*,)\n +", r"\1 ", doc, flags=re.M)  # a list of names that goes on in the next line
+    for line in [*doc.splitlines(), "End:"]:
+        head = SECTION.match(line)
+        if (head or line == "End:") and example:
+            out += ["```python", *textwrap.dedent("\n".join(example)).strip().splitlines(), "```", ""]
+            example = []
+        if head:
+            section = head.group(1)
+            out += [f"**{section}**", ""] + ([head.group(2)] if head.group(2) else [])
+        elif line == "End:":
+            break
+        elif section == "Example":
+            example.append(line)
+        elif section in ("Args", "Raises") and (entry := ENTRY.match(line)):
+            names = ", ".join(f"`{name.strip()}`" for name in entry.group(1).split(","))
+            out.append(f"- {names}: {entry.group(2)}")
+        elif section:
+            indent = "  " if section in ("Args", "Raises") and line else ""
+            out.append(indent + line.strip())
+        else:
+            out.append(line)
+    return "\n".join(out).rstrip() + "\n"
+
+
+def page() -> str:
+    parts = [HEAD]
+    functions = [name for name in jax_flashmla.__all__ if inspect.isfunction(getattr(jax_flashmla, name))]
+    for name in sorted(functions, key=lambda name: (name != "flash_mla_with_kvcache", name)):
+        function = getattr(jax_flashmla, name)
+        body = markdown(inspect.getdoc(function) or "")
+        parts.append(f"## `{name}`\n\n```python\n{signature(function)}\n```\n\n{body}")
+    parts.append(
+        "## `EXPORT_SAFE`\n\nFor `jax.export.export(f, disabled_checks=EXPORT_SAFE)`: the custom calls of this package are "
+        "versioned\nand keep their meaning, so an exported computation may contain them.\n"
+    )
+    return "\n".join(parts)
+
+
+def main() -> int:
+    text = page()
+    if "--check" in sys.argv[1:]:
+        if not TARGET.exists() or TARGET.read_text() != text:
+            print("docs/api.md is out of date: run python scripts/make_api_docs.py", file=sys.stderr)
+            return 1
+        return 0
+    TARGET.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""A reduced grid of decodes for compute-sanitizer: every instantiation, split and unsplit, small enough for racecheck.
+
+compute-sanitizer --tool memcheck --error-exitcode 9 python scripts/sanitize.py
+
+XLA should neither preallocate nor use command buffers here, so that the tool sees each buffer and each launch:
+XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_enable_command_buffer=
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import numpy as np
+
+from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, testing
+from jax_flashmla.cases import Case
+
+EDGES = (0, 1, 63, 64, 65, 140)
+CASES = (
+    Case("edges", EDGES, s_q=2, causal=True),
+    Case("split", (1500, 0, 700), h_q=16),
+    Case("split_f16", (1500,), h_q=20, s_q=2, causal=True, dtype="float16"),
+    Case("two_tiles", (330, 1, 64), h_q=65),
+    Case("kv_heads", (140, 65), h_q=6, h_kv=3),
+    Case("latent_only", (517, 0, 129), d_qk=512),
+    Case("latent_only_f16", (130,), d_qk=512, dtype="float16"),
+    Case("page_16", (517, 33), page_size=16),
+    Case("page_256", (600, 1), page_size=256),
+)
+
+
+def check(case: Case, batch_invariant: bool) -> bool:
+    inputs = testing.make_inputs(case)
+
+    def decode(q: jax.Array, k_cache: jax.Array, table: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        plan = get_mla_metadata(lengths, case.s_q * case.h_q // case.h_kv, case.h_kv, batch_invariant=batch_invariant)
+        return flash_mla_with_kvcache(q, k_cache, table, lengths, 512, *plan, causal=case.causal, implementation="cuda")
+
+    out, lse = map(np.asarray, jax.jit(decode)(*inputs))
+    exact, exact_lse = testing.dense_decode_f64(*inputs, causal=case.causal)
+    good = testing.cosine_difference(out, exact) <= 5e-6 and testing.max_error(lse, exact_lse) <= 1e-3
+    print(f"{case.name}{' batch_invariant' if batch_invariant else ''}: {'ok' if good else 'WRONG'}", flush=True)
+    return good
+
+
+def main() -> int:
+    results = [check(case, False) for case in CASES] + [check(case, True) for case in CASES[:3]]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
