@@ -1,8 +1,9 @@
-"""Times dense decode beside its peers, in turns on one GPU: jax_flashmla, FlashMLA (where torch and sgl-flash-mla are importable),
-and the XLA reference. Prints a table; --json adds one JSON line per row.
+"""Times dense decode beside its peers, in turns on one GPU: jax_flashmla, FlashMLA (where torch and sgl-flash-mla are
+importable), and the XLA reference. Prints a table; --json adds one JSON line per row.
 
-Every contender runs a chain of calls back to back and is timed by the difference of a long and a short chain, so that launching the
-chain does not count. The plan is made once outside the chain, and the split-KV merge is inside. Turns alternate, medians are shown.
+Every contender runs a chain of calls back to back and is timed by the difference of a long and a short chain, so that
+launching the chain does not count. The plan is made once outside the chain, and the split-KV merge is inside. Turns
+alternate, medians are shown.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ install() {
 }
 
 sanitize() { # one tool over the reduced grid; XLA allocates plainly and launches every call by itself
-  XLA_FLAGS=--xla_gpu_enable_command_buffer= timeout 1500 compute-sanitizer --tool "$1" "${@:2}" --error-exitcode 9 \
-    --kernel-name-exclude regex:"(fusion|loop_|input_|wrapped_|nvjet|cutlass_|cublas)" "$python" -P scripts/sanitize.py
+  XLA_FLAGS=--xla_gpu_enable_command_buffer= timeout 1500 \
+    compute-sanitizer --tool "$1" "${@:2}" --error-exitcode 9 "$python" -P scripts/sanitize.py
 }
 
 if step install install; then
@@ -53,9 +53,9 @@ if step install install; then
   if command -v compute-sanitizer >/dev/null; then
     step memcheck sanitize memcheck --leak-check no
     if [ "$quick" != --quick ]; then
-      step racecheck sanitize racecheck --racecheck-report all
+      step racecheck sanitize racecheck --kernel-name kernel_substring=jax_flashmla
       step initcheck sanitize initcheck
-      step synccheck sanitize synccheck
+      step synccheck sanitize synccheck --kernel-name kernel_substring=jax_flashmla
     fi
   else
     echo "compute-sanitizer is not on PATH: left out"
