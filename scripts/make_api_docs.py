@@ -21,8 +21,8 @@ HEAD = """# API
 
 <!-- Made from the docstrings by scripts/make_api_docs.py: edit those. -->
 
-Letters as in [index.md](index.md). Arguments are checked at trace time; what only the device can see (page ids, lengths)
-never leads out of bounds.
+Letters as in [index.md](index.md). Arguments are checked at trace time; what only the device can see (page ids,
+lengths) never leads out of bounds.
 """
 
 
@@ -82,8 +82,9 @@ def page() -> str:
         body = markdown(inspect.getdoc(function) or "")
         parts.append(f"## `{name}`\n\n```python\n{signature(function)}\n```\n\n{body}")
     parts.append(
-        "## `EXPORT_SAFE`\n\nFor `jax.export.export(f, disabled_checks=EXPORT_SAFE)`: the custom calls of this package are "
-        "versioned\nand keep their meaning, so an exported computation may contain them.\n"
+        "## `EXPORT_SAFE`\n\n"
+        "For `jax.export.export(f, disabled_checks=EXPORT_SAFE)`: the custom calls of this package are versioned and keep\n"
+        "their meaning, so an exported computation may contain them.\n"
     )
     return "\n".join(parts)
 
