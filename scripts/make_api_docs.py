@@ -25,6 +25,12 @@ Letters as in [index.md](index.md). Arguments are checked at trace time; what on
 lengths) never leads out of bounds.
 """
 
+EXPORT = """## `EXPORT_SAFE`
+
+For `jax.export.export(f, disabled_checks=EXPORT_SAFE)`: the custom calls of this package are versioned and keep
+their meaning, so an exported computation may contain them.
+"""
+
 
 def signature(function: object) -> str:
     """One parameter a line when the call does not fit in one, without quotes around annotations."""
@@ -81,11 +87,7 @@ def page() -> str:
         function = getattr(jax_flashmla, name)
         body = markdown(inspect.getdoc(function) or "")
         parts.append(f"## `{name}`\n\n```python\n{signature(function)}\n```\n\n{body}")
-    parts.append(
-        "## `EXPORT_SAFE`\n\n"
-        "For `jax.export.export(f, disabled_checks=EXPORT_SAFE)`: the custom calls of this package are versioned and keep\n"
-        "their meaning, so an exported computation may contain them.\n"
-    )
+    parts.append(EXPORT)
     return "\n".join(parts)
 
 
