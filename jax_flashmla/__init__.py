@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention for JAX: the decode kernels of DeepSeek's models on Hopper GPUs, a pure-jnp reference elsewhere."""
+"""Multi-head Latent Attention for JAX: CUDA kernels on Hopper GPUs, a pure-jnp reference elsewhere."""
 
 from importlib.metadata import PackageNotFoundError, version
 

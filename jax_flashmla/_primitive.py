@@ -1,4 +1,6 @@
-"""`define`: two plain JAX functions become one op that picks between them at lowering. No other file knows JAX's machinery.
+"""`define`: two plain JAX functions become one op that picks between them at lowering.
+
+No other file knows JAX's machinery.
 
 Why a primitive and not `jax.lax.platform_dependent`: a primitive keeps one equation in the jaxpr whatever the platform,
 folds vmapped axes into the batch, and refuses differentiation in words.
@@ -28,7 +30,9 @@ class Op(NamedTuple):
     def __call__(self, *operands: jax.Array, implementation: str | None = None, **attributes: Any):
         problem = self.unsupported(*operands)
         if problem and implementation == "cuda":
-            raise ValueError(f"{self.name}: implementation='cuda' cannot be used: {problem}; use implementation=None or 'xla'")
+            raise ValueError(
+                f"{self.name}: implementation='cuda' cannot be used: {problem}; use implementation=None or 'xla'"
+            )
         if problem or implementation == "xla":
             return self.reference(*operands, **attributes)
         return self.forward(freeze(insist=implementation == "cuda", **attributes), *operands)
@@ -56,8 +60,8 @@ def define(
       shapes: the results' shapes and dtypes.
       reference: the op in jnp; lowered on every platform that is not CUDA, and on CUDA when the kernels cannot run.
       cuda: the op as JAX code around `jax.ffi.ffi_call`; may call other ops.
-      batch: `(bind, size, operands, mapped) -> results`: folds a leading vmapped axis of the operands flagged in `mapped`
-        into axes that the op has, calls `bind(*operands)`, and gives every result a leading axis of `size` again.
+      batch: `(bind, size, operands, mapped) -> results`: folds the leading vmapped axis of the operands flagged in
+        `mapped` into an axis that the op has, calls `bind(*operands)`, and gives every result a leading axis again.
       unsupported: why no kernel takes these operands, in words; None when one does.
     """
     primitive = Primitive(f"jax_flashmla_{name}")
@@ -73,8 +77,9 @@ def define(
     def lower_elsewhere(ctx, *operands, insist, **attributes):
         if insist:
             raise RuntimeError(
-                f"{name}: implementation='cuda' needs a Hopper GPU (compute capability {_native.HOPPER}) and was lowered for "
-                "another platform; use implementation=None, which takes the XLA reference there, or put the operands on the GPU"
+                f"{name}: implementation='cuda' needs a Hopper GPU (compute capability {_native.HOPPER}) "
+                "and was lowered for another platform; put the operands on the GPU, or use implementation=None, "
+                "which takes the XLA reference there"
             )
         return lower_reference(ctx, *operands, **attributes)
 

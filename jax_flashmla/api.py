@@ -29,8 +29,8 @@ def get_mla_metadata(
       num_heads_q: `h_q`; only sparse decode needs it.
       is_fp8_kvcache: must be False in this version.
       topk: must be None in this version.
-      batch_invariant: cut each sequence by its own length alone, so that its output bits do not depend on the rest of the
-        batch. Balances the GPU less well.
+      batch_invariant: cut each sequence by its own length alone, so that its output bits do not depend on the rest of
+        the batch. Balances the GPU less well.
 
     Returns:
       `tile_scheduler_metadata`, int32 `[num_parts, 8]`, and `num_splits`, int32 `[b + 1]`; both opaque, for
@@ -53,7 +53,9 @@ def get_mla_metadata(
     if num_heads_q is not None:
         checks.integer("num_heads_q", num_heads_q, minimum=1)
     batch_invariant = checks.flag("batch_invariant", batch_invariant)
-    parts = num_parts(cache_seqlens.shape[0], rows, h_kv, batch_invariant=batch_invariant)
+    b = cache_seqlens.shape[0]
+    checks.invariant_batch(b, batch_invariant)
+    parts = num_parts(b, rows, h_kv, batch_invariant=batch_invariant)
     metadata, num_splits = ops.schedule(jnp.asarray(cache_seqlens)[None], parts=parts, batch_invariant=batch_invariant)
     return metadata[0], num_splits[0]
 
@@ -82,13 +84,13 @@ def flash_mla_with_kvcache(
 ) -> tuple[jax.Array, jax.Array]:
     """Multi-head Latent Attention of a few query tokens per sequence over a paged KV cache.
 
-    Each of the `h_q` query heads attends to `[latent | rope]` rows of the cache that it shares with its group; the values
-    are the first 512 columns of the same rows. Scores, softmax and sums are in float32.
+    Every query head attends to the `[latent | rope]` rows of the cache that its group of heads shares; the values are
+    the first 512 columns of the same rows. Scores, softmax and sums are in float32.
 
     Args:
       q: bfloat16 or float16 `[b, s_q, h_q, d_qk]` with `d_qk` 576 or 512; float32 runs through the reference.
-      k_cache: q's dtype, `[P, page_size, h_kv, d_qk]`, a pool of pages of 16, 32, 64 (fastest), 128 or 256 tokens. Slots
-        that no sequence uses may hold anything, NaN too.
+      k_cache: q's dtype, `[P, page_size, h_kv, d_qk]`, a pool of pages of 16, 32, 64 (fastest), 128 or 256 tokens.
+        Slots that no sequence uses may hold anything, NaN too.
       block_table: int32 `[b, max_pages]`, the pages of each sequence in order. Entries past the length are not read;
         tokens of a page outside `[0, P)` are ignored.
       cache_seqlens: int32 `[b]`, keys per sequence, the new tokens included (write first, then attend). 0 is legal;
@@ -100,16 +102,16 @@ def flash_mla_with_kvcache(
       causal: static; query token i sees the keys `j <= cache_seqlens - s_q + i`.
       is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length,
         descale_q, descale_k: FlashMLA's arguments for fp8 and sparse caches, not in this version.
-      implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else the XLA reference;
-        "cuda" insists on the kernel; "xla" forces the reference, which is differentiable.
+      implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else the XLA
+        reference; "cuda" insists on the kernel; "xla" forces the reference, which is differentiable.
 
     Returns:
-      `out`, q's dtype, `[b, s_q, h_q, 512]`, and `softmax_lse`, float32 `[b, h_q, s_q]`, the natural logarithm of the sum
-      of the exponentials of the scaled scores. A row that sees no key has out 0 and lse -inf (FlashMLA: +inf).
+      `out`, q's dtype, `[b, s_q, h_q, 512]`, and `softmax_lse`, float32 `[b, h_q, s_q]`, the natural logarithm of the
+      sum of the exponentials of the scaled scores. A row that sees no key has out 0 and lse -inf (FlashMLA: +inf).
 
     Raises:
-      TypeError, ValueError: an argument has the wrong type, dtype or shape, or is traced and must be static; the message
-        says which, what was expected, and what to do. `vmap` over `k_cache` is a ValueError too.
+      TypeError, ValueError: an argument has the wrong type, dtype or shape, or is traced and must be static; the
+        message says which, what was expected, and what to do. `vmap` over `k_cache` is a ValueError too.
       NotImplementedError: an argument for fp8 or sparse caches is used; or the call is differentiated without
         `implementation="xla"`.
       RuntimeError: `implementation="cuda"` and there is no Hopper GPU or no CUDA build.

@@ -13,6 +13,7 @@ REFERENCE_DTYPES = (*KERNEL_DTYPES, "float32")
 HEAD_DIMS = (576, 512)
 HEAD_DIM_V = 512
 PAGE_SIZES = (16, 32, 64, 128, 256)
+MAX_INVARIANT_BATCH = 4095  # 16 parts per sequence, in a grid dimension of the decode kernel
 MAX_TOKENS = 2**31 - 1
 
 
@@ -35,7 +36,9 @@ def shape(name: str, value: jax.Array, expected: tuple[Any, ...], *, axes: str, 
 def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, head_dim_v: int) -> None:
     for name, value in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
         if value is None:
-            raise ValueError(f"{name} must be an int32 array for dense decode, got None; only sparse decode goes without it")
+            raise ValueError(
+                f"{name} must be an int32 array for dense decode, got None; only sparse decode goes without it"
+            )
     array("q", q, axes="b, s_q, h_q, d_qk", dtypes=REFERENCE_DTYPES)
     array("k_cache", k_cache, axes="P, page_size, h_kv, d_qk", dtypes=REFERENCE_DTYPES)
     array("block_table", block_table, axes="b, max_pages", dtypes=("int32",))
@@ -47,24 +50,34 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata
     if d_qk not in HEAD_DIMS:
         raise ValueError(f"q must have d_qk 576 or 512, got shape {q.shape}; pad or absorb the heads to one of them")
     if d_cache != d_qk:
-        raise ValueError(f"k_cache must have q's d_qk = {d_qk}, got shape {k_cache.shape}; its last axis is [latent | rope]")
+        raise ValueError(
+            f"k_cache must have q's d_qk = {d_qk}, got shape {k_cache.shape}; its last axis is [latent | rope]"
+        )
     if head_dim_v != HEAD_DIM_V:
-        raise ValueError(f"head_dim_v must be {HEAD_DIM_V}, got {head_dim_v}; slice the output if you need fewer columns")
+        raise ValueError(
+            f"head_dim_v must be {HEAD_DIM_V}, got {head_dim_v}; slice the output if you need fewer columns"
+        )
     if page_size not in PAGE_SIZES:
         raise ValueError(f"k_cache must have a page_size of {PAGE_SIZES}, got shape {k_cache.shape}; 64 is the fastest")
     if num_pages == 0:
         raise ValueError(f"k_cache must have at least one page, got shape {k_cache.shape}")
     if h_kv == 0 or h_q == 0 or h_q % h_kv:
-        raise ValueError(f"h_q must be a multiple of h_kv, got h_q = {h_q} (q) and h_kv = {h_kv} (k_cache); pad the heads")
+        raise ValueError(
+            f"h_q must be a multiple of h_kv, got h_q = {h_q} (q) and h_kv = {h_kv} (k_cache); pad the heads"
+        )
     if s_q == 0:
         raise ValueError(f"q must have at least one query token, got shape {q.shape}")
     table_remedy = "give one row per sequence of q"
     shape("block_table", block_table, (b, block_table.shape[1]), axes="b, max_pages", remedy=table_remedy)
     shape("cache_seqlens", cache_seqlens, (b,), axes="b", remedy="give one length per sequence of q")
     if isinstance(block_table.shape[1], int) and block_table.shape[1] * page_size > MAX_TOKENS:
-        raise ValueError(f"block_table must address fewer than 2**31 tokens, got shape {block_table.shape}; drop unused columns")
+        raise ValueError(
+            f"block_table must address fewer than 2**31 tokens, got shape {block_table.shape}; drop unused columns"
+        )
     if (tile_scheduler_metadata is None) != (num_splits is None):
-        raise ValueError("tile_scheduler_metadata and num_splits must be given together; pass both results of get_mla_metadata")
+        raise ValueError(
+            "tile_scheduler_metadata and num_splits must be given together; pass both results of get_mla_metadata"
+        )
     if tile_scheduler_metadata is not None:
         array("tile_scheduler_metadata", tile_scheduler_metadata, axes="num_parts, 8", dtypes=("int32",))
         array("num_splits", num_splits, axes="b + 1", dtypes=("int32",))
@@ -74,6 +87,14 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata
             raise ValueError(f"tile_scheduler_metadata must have at least one part, got shape (0, ...); {remedy}")
         shape("tile_scheduler_metadata", tile_scheduler_metadata, (parts, 8), axes="num_parts, 8", remedy=remedy)
         shape("num_splits", num_splits, (b + 1,), axes="b + 1", remedy=remedy)
+
+
+def invariant_batch(b: int, batch_invariant: bool) -> None:
+    if batch_invariant and isinstance(b, int) and b > MAX_INVARIANT_BATCH:
+        raise ValueError(
+            f"batch_invariant needs b <= {MAX_INVARIANT_BATCH}, got cache_seqlens of shape ({b},); "
+            "decode in several batches, which gives the same bits"
+        )
 
 
 def implementation(value: Any) -> None:

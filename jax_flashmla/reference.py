@@ -74,7 +74,7 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_spli
         # Tables are as wide as the longest context a server allows; what no sequence reaches costs nothing.
         return jax.lax.cond(start < lengths.max(initial=0), attend, lambda state, *_: state, state, page, start), None
 
-    state = (
+    state: tuple[jax.Array, ...] = (
         jnp.full((b, h_kv, rows), -jnp.inf, jnp.float32),
         jnp.zeros((b, h_kv, rows), jnp.float32),
         jnp.zeros((b, h_kv, rows, D_V), jnp.float32),

@@ -20,7 +20,7 @@ def shapes(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, soft
 
 
 def workspaces(q, k_cache, metadata):
-    """Room for the partial results: p parts have p - 1 inner boundaries, each of which adds one, and one for its sequence."""
+    """Room for the partial results: p - 1 inner boundaries add one each, and one more per sequence that they cut."""
     b, s_q, h_q, _ = q.shape
     h_kv, parts = k_cache.shape[2], metadata.shape[0]
     slots = max(1, parts - 1 + min(b, parts - 1)) if isinstance(b, int) and isinstance(parts, int) else 2 * parts
@@ -66,9 +66,11 @@ def batch(bind, size, operands, mapped):
     return [x.reshape(size, b, *x.shape[1:]) for x in results]
 
 
-def unsupported(q, *_):
+def unsupported(q, k_cache, block_table, *_):
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel takes bfloat16 and float16, got q in {q.dtype}"
+    if block_table.shape[1] == 0:
+        return "the kernel needs a block_table with at least one column, got max_pages = 0"
     return None
 
 

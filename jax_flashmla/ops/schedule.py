@@ -9,6 +9,7 @@ from .._primitive import define
 TARGET = "jax_flashmla.schedule.v1"
 ROW_TILE = 64
 METADATA_WIDTH = 8
+MAX_SEQUENCES = 50_000
 MAX_SPLITS = reference.MAX_INVARIANT_SPLITS
 
 
@@ -47,5 +48,20 @@ def batch(bind, size, operands, mapped):
     return [x.reshape(size, -1, *x.shape[1:]) for x in (metadata, num_splits)]
 
 
+def unsupported(cache_seqlens):
+    b = cache_seqlens.shape[1]
+    if isinstance(b, int) and not 1 <= b <= MAX_SEQUENCES:
+        return f"the planner keeps 1 to {MAX_SEQUENCES} sequences in shared memory, got b = {b}"
+    return None
+
+
 # Operands are n independent batches, so that vmap makes n plans in one launch; the public function has n = 1.
-schedule = define("schedule", target=TARGET, shapes=shapes, reference=reference.schedule, cuda=cuda, batch=batch)
+schedule = define(
+    "schedule",
+    target=TARGET,
+    shapes=shapes,
+    reference=reference.schedule,
+    cuda=cuda,
+    batch=batch,
+    unsupported=unsupported,
+)

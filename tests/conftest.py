@@ -1,0 +1,56 @@
+import os
+
+# Before jax starts its backends: four CPU devices for sharding, and no preallocation, so that workers share a GPU.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import pytest
+
+from jax_flashmla import _native
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def why_no_gpu() -> str | None:
+    if not _native.local_cuda_devices():
+        return "needs a Hopper GPU: this machine has no CUDA device"
+    return _native.obstacle()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a Hopper GPU and the CUDA build; skipped elsewhere")
+    config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_collection_modifyitems(items):
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    reason = why_no_gpu() if gpu_tests else None
+    for item in gpu_tests:
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """GPU tests run on the first GPU, all others on the CPU, on every machine."""
+    on_gpu = request.node.get_closest_marker("gpu")
+    with jax.default_device(jax.devices("cuda" if on_gpu else "cpu")[0]) as chosen:
+        yield chosen
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """Lowering for CUDA as on a machine that has the kernels; nothing is compiled or run."""
+    monkeypatch.setattr(_native, "register_cuda_targets", lambda: None)
+    monkeypatch.setattr(_native, "local_cuda_devices", list)
+
+
+@pytest.fixture
+def no_cuda_build(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'jax_flashmla._C'")
+
+    monkeypatch.setattr(_native, "register_cuda_targets", missing)
+    monkeypatch.setattr(_native, "local_cuda_devices", list)
+    _native.warn_fallback.cache_clear()

@@ -1,0 +1,239 @@
+"""The split-KV plan: against a second, sequential implementation in Python, and against what a plan must be."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_flashmla import _native, get_mla_metadata, ops
+from jax_flashmla.ops.schedule import num_parts
+
+BLOCK, OVERHEAD, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 5, 4, 16, 16
+
+
+def blocks_of(length):
+    return -(-max(length, 0) // BLOCK)
+
+
+def sequential_plan(lengths, parts):
+    """Cut after cut, in unbounded integers."""
+    b = len(lengths)
+    blocks = [min(blocks_of(n), 2**30 // max(b, 1)) for n in lengths]
+    starts, total = [], 0
+    for n in blocks:
+        starts.append(total)
+        total += n + OVERHEAD
+    step = max(-(-(total + (parts - 1) * OVERHEAD) // parts) - OVERHEAD, MIN)
+
+    def boundary(x):
+        seq = 0
+        while seq < b and starts[seq] + blocks[seq] + OVERHEAD <= x:
+            seq += 1
+        if seq == b:
+            return b, 0
+        inside = x - starts[seq] - OVERHEAD
+        block = inside // 2 * 2
+        if inside < MIN or block < MIN:
+            return seq, 0
+        if blocks[seq] - block < MIN:
+            return seq + 1, 0
+        return seq, block
+
+    cuts = [0] + [min(p * step + OVERHEAD, total) for p in range(1, parts)] + [total]
+    cuts = [boundary(x) for x in cuts]
+    metadata, cuts_in = [], [0] * b
+    for p in range(parts):
+        seq, block = cuts[p]
+        if block and p:
+            cuts_in[seq] += 1
+        metadata.append([seq, block, *cuts[p + 1], cuts_in[seq] if block else 0, 0, 0, 0])
+    num_splits = np.cumsum([0] + [n + 1 if n else 0 for n in cuts_in])
+    return np.array(metadata), num_splits
+
+
+def sequential_invariant_plan(lengths):
+    b, metadata, partials = len(lengths), [], [0]
+    for seq, length in enumerate(lengths):
+        blocks = blocks_of(length)
+        size = max(MIN_INVARIANT, -(-blocks // MAX_INVARIANT))
+        count = max(1, -(-blocks // size))
+        for s in range(MAX_INVARIANT):
+            end = (seq, (s + 1) * size) if s < count - 1 else (seq + 1, 0)
+            metadata.append([seq, s * size, *end, s, 0, 0, 0] if s < count else [b, 0, b, 0, 0, 0, 0, 0])
+        partials.append(count if count > 1 else 0)
+    return np.array(metadata), np.cumsum(partials)
+
+
+def check_plan(lengths, metadata, num_splits, *, minimum):
+    """Every block once, in splits numbered from 0 and long enough, and a slot for every partial result."""
+    metadata, num_splits = np.asarray(metadata), np.asarray(num_splits)
+    b = len(lengths)
+    splits = [[] for _ in range(b)]
+    for begin_seq, begin_block, end_seq, end_block, split, *rest in metadata.tolist():
+        assert rest == [0, 0, 0]
+        seq, block = begin_seq, begin_block
+        while (seq, block) < (end_seq, end_block):
+            end = end_block if seq == end_seq else max(blocks_of(lengths[seq]), block)
+            splits[seq].append((split, block, end))
+            seq, block, split = seq + 1, 0, 0
+    for length, pieces, slots in zip(lengths, splits, np.diff(num_splits), strict=True):
+        assert [split for split, _, _ in pieces] == list(range(len(pieces)))  # in order, each exactly once
+        edges = [0, *(end for _, _, end in pieces)]
+        assert [block for _, block, _ in pieces] == edges[:-1] and edges[-1] == blocks_of(length)
+        assert slots == (len(pieces) if len(pieces) > 1 else 0)
+        if len(pieces) > 1:
+            assert min(np.diff(edges)) >= minimum
+    parts = len(metadata)
+    assert num_splits[0] == 0 and num_splits[-1] <= max(1, parts - 1 + min(b, parts - 1))  # the decode op's workspace
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def jitted(lengths, parts, batch_invariant):
+    metadata, num_splits = ops.schedule(lengths[None], parts=parts, batch_invariant=batch_invariant)
+    return metadata[0], num_splits[0]
+
+
+def plan(lengths, parts):
+    return jitted(jnp.array(lengths, jnp.int32), parts, False)
+
+
+def invariant_plan(lengths):
+    return jitted(jnp.array(lengths, jnp.int32), len(lengths) * MAX_INVARIANT, True)
+
+
+def random_lengths(b, high, seed):
+    rng = np.random.default_rng(seed)
+    return (rng.integers(0, high, b) * (rng.random(b) < 0.8)).tolist()
+
+
+BATCHES = {
+    "empty": [0],
+    "all_empty": [0] * 7,
+    "negative": [-5, 300, -(2**31)],
+    "one_block": [64],
+    "just_unsplit": [64 * 7],
+    "just_split": [64 * 8],
+    "one_long": [131072],
+    "uniform_128": [4096] * 128,
+    "skewed": [100000] + [1] * 63,
+    "random_512": random_lengths(512, 30000, 0),
+    "random_33": random_lengths(33, 3000, 1),
+    "random_3": random_lengths(3, 100000, 2),
+}
+huge = {
+    "int32_max": [2**31 - 1],
+    "int32_max_512": [2**31 - 1] * 512,
+    "int32_max_and_small": [2**31 - 1, 0, 70, 2**31 - 63, 5000],
+}
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("parts", [1, 26, 132])
+def test_plan(lengths, parts):
+    metadata, num_splits = plan(lengths, parts)
+    expected, expected_splits = sequential_plan(lengths, parts)
+    np.testing.assert_array_equal(metadata, expected)
+    np.testing.assert_array_equal(num_splits, expected_splits)
+    check_plan(lengths, metadata, num_splits, minimum=MIN)
+
+
+@pytest.mark.parametrize("lengths", huge.values(), ids=huge.keys())
+def test_huge_lengths_do_not_overflow(lengths):
+    """Balance is lost beyond 2**30 blocks in all, coverage never: the last split runs to the true end."""
+    metadata, num_splits = plan(lengths, 132)
+    expected, expected_splits = sequential_plan(lengths, 132)
+    np.testing.assert_array_equal(metadata, expected)
+    np.testing.assert_array_equal(num_splits, expected_splits)
+    check_plan(lengths, metadata, num_splits, minimum=MIN)
+
+
+@pytest.mark.parametrize("lengths", (BATCHES | huge).values(), ids=(BATCHES | huge).keys())
+def test_invariant_plan(lengths):
+    metadata, num_splits = invariant_plan(lengths)
+    expected, expected_splits = sequential_invariant_plan(lengths)
+    np.testing.assert_array_equal(metadata, expected)
+    np.testing.assert_array_equal(num_splits, expected_splits)
+    check_plan(lengths, metadata, num_splits, minimum=1)  # the rest of a sequence may be short
+
+
+# One shape, so one compilation: zeros stand for shorter batches.
+drawn_lengths = st.lists(st.one_of(st.just(0), st.integers(0, 600), st.integers(0, 200000)), min_size=24, max_size=24)
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn_lengths)
+def test_drawn_plans(lengths):
+    for parts in (13, 132):
+        metadata, num_splits = plan(lengths, parts)
+        np.testing.assert_array_equal(metadata, sequential_plan(lengths, parts)[0])
+        check_plan(lengths, metadata, num_splits, minimum=MIN)
+    metadata, num_splits = invariant_plan(lengths)
+    np.testing.assert_array_equal(metadata, sequential_invariant_plan(lengths)[0])
+    check_plan(lengths, metadata, num_splits, minimum=1)
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+def test_plan_is_balanced(lengths):
+    """No part costs more than the even share, a sequence's start, and the pieces too short to be cut off."""
+    parts = 132
+    cost = []
+    for begin_seq, begin_block, end_seq, end_block, *_ in np.asarray(plan(lengths, parts)[0]).tolist():
+        whole = sum(blocks_of(n) + OVERHEAD for n in lengths[begin_seq:end_seq])
+        started = OVERHEAD if (end_block and (begin_seq < end_seq or begin_block)) else 0
+        cost.append(whole - begin_block + end_block + started)
+    total = sum(blocks_of(n) + OVERHEAD for n in lengths)
+    share = max(-(-(total + (parts - 1) * OVERHEAD) // parts), MIN + OVERHEAD)
+    assert max(cost) <= share + OVERHEAD + 2 * MIN
+
+
+def test_invariant_plan_ignores_the_rest_of_the_batch():
+    lengths = random_lengths(20, 60000, 3)
+    metadata, num_splits = map(np.asarray, invariant_plan(lengths))
+    for i, length in enumerate(lengths):
+        alone, alone_splits = map(np.asarray, invariant_plan([length]))
+        used = alone[:, 0] == 0
+        rows = metadata[i * MAX_INVARIANT : (i + 1) * MAX_INVARIANT]
+        np.testing.assert_array_equal(rows[used], alone[used] + np.array([i, 0, i, 0, 0, 0, 0, 0]))
+        assert num_splits[i + 1] - num_splits[i] == alone_splits[1]
+
+
+@pytest.mark.parametrize(
+    "rows, h_kv, expected", [(1, 1, 132), (64, 1, 132), (65, 1, 66), (128, 1, 66), (16, 5, 26), (64 * 256, 1, 1)]
+)
+def test_num_parts(rows, h_kv, expected, monkeypatch):
+    monkeypatch.setattr(_native, "local_cuda_devices", list)
+    assert num_parts(1, rows, h_kv) == expected
+    assert get_mla_metadata(jnp.array([5], jnp.int32), rows, h_kv)[0].shape == (expected, 8)
+
+
+def test_num_parts_fills_whole_waves(monkeypatch):
+    for sms in (1, 78, 114, 132):
+        monkeypatch.setattr(_native, "sm_count", lambda sms=sms: sms)
+        for tiles in range(1, 400):
+            parts = num_parts(1, 64 * tiles, 1)
+            waves = -(-parts * tiles // sms)
+            assert 1 <= parts <= sms and parts * tiles >= waves * sms / 1.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", (BATCHES | huge).values(), ids=(BATCHES | huge).keys())
+def test_kernel_plans_like_the_reference(lengths, device):
+    lengths = jnp.array(lengths, jnp.int32)
+    for parts, batch_invariant in ((1, False), (26, False), (132, False), (len(lengths) * MAX_INVARIANT, True)):
+        got = ops.schedule(lengths[None], parts=parts, batch_invariant=batch_invariant, implementation="cuda")
+        expected = ops.schedule(lengths[None], parts=parts, batch_invariant=batch_invariant, implementation="xla")
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+def test_kernel_makes_many_plans_at_once(device):
+    lengths = jnp.array([random_lengths(40, 20000, seed) for seed in range(300)], jnp.int32)
+    got = ops.schedule(lengths, parts=132, batch_invariant=False, implementation="cuda")
+    expected = ops.schedule(lengths, parts=132, batch_invariant=False, implementation="xla")
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
