@@ -1,0 +1,79 @@
+#include "kernels/dense_decode.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "ffi/check.h"
+#include "ffi/handlers.h"
+
+namespace jax_flashmla {
+namespace ffi = xla::ffi;
+
+static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::Buffer<ffi::S32> block_table,
+                                  ffi::Buffer<ffi::S32> cache_seqlens, ffi::Buffer<ffi::S32> metadata, ffi::Buffer<ffi::S32> num_splits,
+                                  ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse, ffi::ResultBuffer<ffi::F32> partial_out,
+                                  ffi::ResultBuffer<ffi::F32> partial_lse, float softmax_scale, bool causal) {
+  const auto qd = q.dimensions(), kd = k_cache.dimensions(), table = block_table.dimensions(), meta = metadata.dimensions();
+  const auto partial = partial_out->dimensions();
+  FFI_CHECK(qd.size() == 4 && kd.size() == 4 && table.size() == 2 && meta.size() == 2 && partial.size() == 4,
+            "dense_decode: q [b, s_q, h_q, d_qk], k_cache [P, page_size, h_kv, d_qk], block_table [b, max_pages], metadata [parts, 8]");
+  FFI_CHECK(
+      (q.element_type() == ffi::BF16 || q.element_type() == ffi::F16) && k_cache.element_type() == q.element_type() && out->element_type() == q.element_type(),
+      "dense_decode: q, k_cache and out must all be bfloat16 or all float16");
+  const int64_t b = qd[0], s_q = qd[1], h_q = qd[2], d_qk = qd[3], page_size = kd[1], h_kv = kd[2];
+  if (b == 0 || s_q == 0 || h_q == 0) return ffi::Error::Success();
+  FFI_CHECK(h_kv >= 1 && h_q % h_kv == 0, "dense_decode: h_q must be a multiple of h_kv");
+  const int64_t group = h_q / h_kv, rows = s_q * group, parts = meta[0], slots = partial[0];
+  FFI_CHECK((d_qk == 576 || d_qk == 512) && kd[3] == d_qk, "dense_decode: d_qk must be 576 or 512, the same in q and k_cache");
+  FFI_CHECK(page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128 || page_size == 256, "dense_decode: page_size");
+  FFI_CHECK(kd[0] >= 1 && kd[0] <= std::numeric_limits<int32_t>::max(), "dense_decode: the pool needs at least one page");
+  FFI_CHECK(table[0] == b && table[1] >= 1, "dense_decode: block_table needs a row per sequence and at least one column");
+  FFI_CHECK(cache_seqlens.element_count() == size_t(b) && num_splits.element_count() == size_t(b + 1), "dense_decode: cache_seqlens [b], num_splits [b + 1]");
+  FFI_CHECK(parts >= 1 && parts <= 65535 && meta[1] == kMetadataWidth && h_kv <= 65535, "dense_decode: tile_scheduler_metadata [num_parts <= 65535, 8]");
+  FFI_CHECK(rows * h_kv <= 8 * 65535, "dense_decode: s_q * h_q may be 524280 at most");
+  FFI_CHECK(out->element_count() == size_t(b * s_q * h_q * kDv) && lse->element_count() == size_t(b * h_q * s_q),
+            "dense_decode: out [b, s_q, h_q, 512], lse [b, h_q, s_q]");
+  FFI_CHECK(slots >= 1 && partial[1] == h_kv && partial[2] == rows && partial[3] == kDv && partial_lse->element_count() == size_t(slots * h_kv * rows),
+            "dense_decode: partial_out [slots, h_kv, rows, 512], partial_lse [slots, h_kv, rows]");
+  DenseDecodeParams p{};
+  p.q = q.untyped_data();
+  p.k_cache = k_cache.untyped_data();
+  p.block_table = block_table.typed_data();
+  p.cache_seqlens = cache_seqlens.typed_data();
+  p.metadata = reinterpret_cast<const Part*>(metadata.typed_data());
+  p.num_splits = num_splits.typed_data();
+  p.out = out->untyped_data();
+  p.lse = lse->typed_data();
+  p.partial_out = partial_out->typed_data();
+  p.partial_lse = partial_lse->typed_data();
+  p.b = int(b), p.s_q = int(s_q), p.h_q = int(h_q), p.h_kv = int(h_kv), p.group = int(group), p.rows = int(rows);
+  p.d_qk = int(d_qk), p.num_pages = int(kd[0]), p.page_size = int(page_size), p.max_pages = int(table[1]);
+  p.max_len = int(std::min<int64_t>(table[1] * page_size, std::numeric_limits<int32_t>::max() - kBlockTokens));
+  p.num_parts = int(parts), p.slots = int(slots);
+  p.softmax_scale = softmax_scale;
+  p.causal = causal;
+  p.dtype = q.element_type() == ffi::BF16 ? Dtype::kBF16 : Dtype::kF16;
+  p.stream = stream;
+  FFI_LAUNCH(run_dense_decode(p));
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<Stream>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("softmax_scale")
+                                  .Attr<bool>("causal"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_flashmla

@@ -1,0 +1,13 @@
+// The handlers that module.cc registers, one per op.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+namespace jax_flashmla {
+
+extern "C" {
+XLA_FFI_Error* Schedule(XLA_FFI_CallFrame*);
+XLA_FFI_Error* DenseDecode(XLA_FFI_CallFrame*);
+}
+
+}  // namespace jax_flashmla

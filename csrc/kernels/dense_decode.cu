@@ -1,0 +1,19 @@
+#include "kernels/dense_decode.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "splitkv/combine.h"
+
+namespace jax_flashmla {
+
+Status run_dense_decode(const DenseDecodeParams& p) {
+  using namespace dense_decode;
+  const bool bf16 = p.dtype == Dtype::kBF16, rope = p.d_qk > kDv;
+  const auto launch = bf16 ? (rope ? launch_dense_decode<__nv_bfloat16, 576> : launch_dense_decode<__nv_bfloat16, 512>)
+                           : (rope ? launch_dense_decode<__half, 576> : launch_dense_decode<__half, 512>);
+  if (Status error = launch(p)) return error;
+  return p.num_parts > 1 ? run_combine(p) : nullptr;  // one part splits nothing
+}
+
+}  // namespace jax_flashmla

@@ -1,0 +1,505 @@
+// Dense MLA decode over a paged latent cache, sm_90a.
+//
+// One CTA owns a tile of 64 packed query rows (token x head) of one KV head and walks the KV blocks of one part of the schedule, sequence after
+// sequence. The 64x512 float32 output is half of an SM's registers, so two warpgroups split it by columns and each computes the scores of its own
+// blocks; probabilities go through shared memory, so that both halves accumulate both blocks ("seesaw"): while one warpgroup is in its softmax the
+// other keeps the tensor cores busy.
+//
+//   warpgroup 0   block 2j:   S0 = Q.K0, P0 = softmax -> smem | O[:, :256] += P0.V0 (registers) | O[:, :256] += P1.V1 (smem)
+//   warpgroup 1   block 2j+1: S1 = Q.K1                       | O[:, 256:] += P0.V0 (smem) | P1 -> smem | O[:, 256:] += P1.V1 (registers)
+//   warpgroup 2   four producer warps, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also copies Q.
+//
+// Shared memory (231 KB of 227 KiB): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The rope
+// part of Q (a 64x64 tile) lives in registers of both compute warpgroups: it would not fit.
+// Registers: compute 224 (O 128, S 32, P 16, rope 16), producer 56.
+//
+// V is the first 512 columns of K, read M-major out of the same sub-tiles: sub-tiles 0-3 feed warpgroup 0, 4-7 warpgroup 1.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention/fragment.cuh"
+#include "attention/softmax.cuh"
+#include "hopper/barrier.cuh"
+#include "hopper/launch.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+#include "kernels/dense_decode.h"
+
+namespace jax_flashmla::dense_decode {
+
+template <class T_, int kDqk>
+struct Traits {
+  using T = T_;
+  static constexpr bool kRope = kDqk > kDv;
+  static constexpr int kSubTiles = kDqk / 64;
+  static constexpr int kHalf = kDv / 2 / 64;  // sub-tiles of an output half
+};
+
+// A piece of one sequence: KV blocks [begin, end), seen by this row tile.
+struct Work {
+  int seq, len, begin, end;
+  int slot;  // of the partial result; -1: the sequence is not split, write the output itself
+};
+
+constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
+enum NamedBarrier { kP0Ready = 1, kP1Ready, kRowSums, kWarpgroup0, kWarpgroup1 };
+
+template <class Tr>
+struct alignas(1024) Storage {
+  using SubTile = typename Tr::T[64 * 64];
+  SubTile k[2][Tr::kSubTiles];
+  SubTile q[2 * Tr::kHalf];
+  SubTile p[2];
+  float reference[2][64];    // the reference maximum each warpgroup's P was taken against
+  float row_sum[2][2][64];   // [parity of the work item][warpgroup]
+  uint32_t valid_groups[2];  // bit g: the page of tokens 16g .. 16g+15 of the block exists
+  Part part;
+  Work work;  // the piece whose Q is in shared memory
+  Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], p_empty[2], q_full, q_empty;
+};
+static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory of an sm_90 CTA");
+
+// The part of the schedule of this CTA. Metadata come from the device and may be anything: no sequence outside of [0, b) survives.
+__device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
+  Part part = p.metadata[blockIdx.z];
+  part.begin_seq = max(part.begin_seq, 0);
+  if (part.end_seq >= p.b) part.end_seq = p.b, part.end_block = 0;
+  return part;
+}
+
+// What a CTA is: its row tile, KV head and part. The part stays in shared memory: in registers it would be spilled by the producer's small budget.
+struct Cta {
+  const DenseDecodeParams& p;
+  const Part& part;
+
+  __device__ int row0() const { return blockIdx.x * kRowTile; }
+  __device__ int kv_head() const { return blockIdx.y; }
+  __device__ int last_seq() const { return part.end_block > 0 ? part.end_seq : part.end_seq - 1; }
+
+  __device__ int token_of(int tile_row) const { return (row0() + tile_row) / p.group; }
+  // Where a row of the tile lies among the s_q x h_q rows of its sequence, in q and out alike; -1 past the end.
+  __device__ int index_of(int tile_row) const {
+    const int row = row0() + tile_row;
+    return row < p.rows ? row / p.group * p.h_q + kv_head() * p.group + row % p.group : -1;
+  }
+  __device__ int64_t first_index(int seq) const { return int64_t(seq) * p.s_q * p.h_q; }
+
+  // Number of keys that query token `token` sees.
+  __device__ int keys_of(int len, int token) const { return p.causal ? min(len, len - p.s_q + token + 1) : len; }
+
+  __device__ Work work(int seq) const {
+    Work w{seq, min(max(p.cache_seqlens[seq], 0), p.max_len)};
+    const int keys = max(keys_of(w.len, token_of(kRowTile - 1)), 0);
+    const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
+    w.begin = seq == part.begin_seq ? max(part.begin_block, 0) : 0;
+    w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;
+    const int first = p.num_splits[seq], partials = p.num_splits[seq + 1] - first;
+    w.slot = partials > 0 ? first + (seq == part.begin_seq ? part.begin_split : 0) : -1;
+    return w;
+  }
+};
+
+// ---- producer warps -----------------------------------------------------------------------------------------------------------------------------
+
+// Starts copying this warp's 16 rows of Q (without rope) into the swizzled sub-tiles. Lane i < 16 brings the index of row i.
+template <class Tr>
+__device__ __forceinline__ void copy_q(const Cta& cta, Storage<Tr>& smem, int seq, int row_index, int warp, int lane) {
+  using T = typename Tr::T;
+  const T* q = static_cast<const T*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk;
+  char* tiles = reinterpret_cast<char*>(smem.q);
+#pragma unroll 4
+  for (int i = 0; i < 16; ++i) {
+    const int row = 16 * warp + i, index = __shfl_sync(~0u, row_index, i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int chunk = lane + 32 * half;  // of 16 bytes
+      copy_async_16(tiles + (chunk / 8) * kSubTileBytes + row * 128 + (((chunk & 7) ^ (row & 7)) << 4), q + int64_t(max(index, 0)) * cta.p.d_qk + chunk * 8,
+                    index >= 0);
+    }
+  }
+}
+
+// The pages of a block, one per copy; -1 where there is none: past the length (the table is not read there) or not in the pool.
+struct Pages {
+  int id[4];
+  uint32_t valid_groups;
+};
+__device__ __forceinline__ Pages load_pages(const DenseDecodeParams& p, const Work& w, int block, int tokens) {
+  Pages pages{{-1, -1, -1, -1}, 0};
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int token = block * kBlockTokens + c * tokens;
+    if (c * tokens < kBlockTokens) {
+      if (token < w.len) {
+        const int page = p.block_table[int64_t(w.seq) * p.max_pages + token / p.page_size];
+        if (static_cast<unsigned>(page) < static_cast<unsigned>(p.num_pages)) pages.id[c] = page;
+      }
+      if (pages.id[c] >= 0 || token >= w.len) pages.valid_groups |= ((1u << tokens / 16) - 1) << (c * tokens / 16);
+    }
+  }
+  return pages;
+}
+
+template <class Tr>
+__device__ __forceinline__ void produce(const CUtensorMap& k_map, Storage<Tr>& smem, const Cta& cta, int warp, int lane) {
+  const DenseDecodeParams& p = cta.p;
+  const int slot = warp >> 1, half = warp & 1;
+  const bool own = slot == half;                      // the output half of the warpgroup that computes this slot's scores; takes the rope sub-tile too
+  const int tokens = min(p.page_size, kBlockTokens);  // a copy stays within a page
+  const int row_index = cta.index_of(16 * warp + (lane & 15));
+  uint32_t k_phase = 1, q_phase = 1;
+
+  for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
+    const Work w = cta.work(seq);
+    barrier_wait(smem.q_empty, q_phase);
+    q_phase ^= 1;
+    if (w.begin < w.end) copy_q<Tr>(cta, smem, seq, row_index, warp, lane);
+    if (threadIdx.x == kComputeThreads) smem.work = w;
+    bool q_pending = true;
+    auto finish_q = [&] {
+      copy_async_wait();
+      fence_async_proxy();
+      barrier_arrive(smem.q_full);
+      q_pending = false;
+    };
+
+    Pages pages;
+    if (lane == 0) pages = load_pages(p, w, w.begin + slot, tokens);
+    for (int block = w.begin + slot; block < w.end; block += 2) {
+      barrier_wait(smem.k_empty[slot][half], k_phase);
+      k_phase ^= 1;
+      if (lane == 0) {
+        if (own) smem.valid_groups[slot] = pages.valid_groups;  // published by the barriers below
+        const int row = tokens == kBlockTokens ? block * kBlockTokens % p.page_size : 0;
+        auto load = [&](int t) {
+          barrier_expect(smem.k_full[slot][t], kSubTileBytes);
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            if (c * tokens < kBlockTokens)  // a page of -1 lies outside of the map: zeros are written, and count as bytes
+              tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t] + c * tokens * 64, t * 64, cta.kv_head(), row, pages.id[c]);
+        };
+#pragma unroll 1
+        for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load(t);
+        if (Tr::kRope && own) load(Tr::kSubTiles - 1);
+        // The slot's next block is a whole step away: bring it to L2 meanwhile, a load that hits there is twice as quick.
+        if (block + 2 < w.end) {
+          pages = load_pages(p, w, block + 2, tokens);
+#ifndef NO_PREFETCH
+          auto prefetch = [&](int t) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+              if (c * tokens < kBlockTokens)
+                tma_prefetch(k_map, t * 64, cta.kv_head(), tokens == kBlockTokens ? (block + 2) * kBlockTokens % p.page_size : 0, pages.id[c]);
+          };
+#pragma unroll 1
+          for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) prefetch(t);
+          if (Tr::kRope && own) prefetch(Tr::kSubTiles - 1);
+#endif
+        }
+      }
+      __syncwarp();
+      if (q_pending) finish_q();
+    }
+    if (q_pending) finish_q();
+  }
+}
+
+// ---- compute warpgroups -------------------------------------------------------------------------------------------------------------------------
+
+// S = Q.K of slot kWg, in the order in which the sub-tiles arrive: this warpgroup's own half, rope, the other half.
+template <class Tr, int kWg>
+__device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const uint32_t (&q_rope)[16], uint32_t phase) {
+  using A = Atoms<typename Tr::T>;
+  const uint64_t q = smem_desc(smem.q), k = smem_desc(smem.k[kWg]);
+  pin(s);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < Tr::kSubTiles; ++i) {
+    const bool rope = Tr::kRope && i == Tr::kHalf;
+    const int j = Tr::kRope && i > Tr::kHalf ? i - 1 : i;
+    const int t = rope ? Tr::kSubTiles - 1 : (j + kWg * Tr::kHalf) % (2 * Tr::kHalf);
+    barrier_wait(smem.k_full[kWg][t], phase);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const uint64_t b = k + t * (kSubTileBytes >> 4) + 2 * step;
+      if (rope)
+        mma<typename A::QkRS>(s, q_rope + 4 * step, b);
+      else
+        mma<typename A::QkSS>(s, q + t * (kSubTileBytes >> 4) + 2 * step, b, i + step > 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// O half kWg += P.V of slot `slot`; P in registers or in shared memory.
+template <class Tr, int kWg, class P>
+__device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<Tr>& smem, int slot) {
+  using A = Atoms<typename Tr::T>;
+  const uint64_t v = smem_desc(smem.k[slot][kWg * Tr::kHalf], kSubTileBytes);
+  pin(o);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    if constexpr (std::is_integral_v<P>)
+      mma<typename A::PvSS>(o, p + 2 * step, v + 128 * step);
+    else
+      mma<typename A::PvRS>(o, p + 4 * step, v + 128 * step);
+  }
+  wgmma_commit();
+}
+
+// Slots past the end of the sequence may hold anything, and 0 x NaN is NaN: clear their rows of V.
+template <class Tr>
+__device__ __forceinline__ void clear_tail(typename Storage<Tr>::SubTile (&k)[Tr::kSubTiles], int first_row, int thread) {
+  for (int i = thread; i < (64 - first_row) * 8; i += kWarpgroup)
+#pragma unroll
+    for (int t = 0; t < 2 * Tr::kHalf; ++t) reinterpret_cast<uint4*>(k[t])[first_row * 8 + i] = make_uint4(0, 0, 0, 0);
+}
+
+// This thread's share of the rope part of Q: the A operand of the rope product.
+__device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta, int seq, const int (&index)[2], int lane) {
+  const auto* q = static_cast<const uint16_t*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk + kDv;
+  load_fragment(q_rope, index[0] < 0 ? nullptr : q + int64_t(index[0]) * cta.p.d_qk, index[1] < 0 ? nullptr : q + int64_t(index[1]) * cta.p.d_qk, lane);
+}
+
+template <class Tr, int kWg>
+__device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int warp, int lane) {
+  using T = typename Tr::T;
+  const DenseDecodeParams& p = cta.p;
+  // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
+  const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * 1.4426950408889634f;
+  const uint64_t p_desc = smem_desc(smem.p[1 - kWg]);  // the other warpgroup's probabilities
+  const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
+  const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])};
+  uint32_t k_phase = 0, p_phase = 1, q_phase = 0;
+  float o[128], s[32], reference[2], sum[2], factor[2];
+  uint32_t probs[16], q_rope[16];
+
+  auto arrive = [&](Barrier& bar) {
+    if (lane == 0) barrier_arrive(bar);
+  };
+  // Q is no longer needed: lets the producer copy the next sequence's, and fetches the next rope part behind what is left of this piece.
+  auto release_q = [&](int seq) {
+    arrive(smem.q_empty);
+    if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index, lane);
+  };
+  // Follows the reference maximum that the other warpgroup used. Uniform over the warp: true when a row's changed.
+  auto adopt_reference = [&]() -> bool {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float now = smem.reference[1 - kWg][tile_row[r]];
+      factor[r] = rescale_factor(reference[r], now);
+      reference[r] = now;
+    }
+    return __any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f);
+  };
+  auto rescale = [&] {
+    pin(o);
+    scale_rows(o, factor);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] *= factor[r];
+  };
+
+  if (Tr::kRope && cta.part.begin_seq <= cta.last_seq()) load_rope(q_rope, cta, cta.part.begin_seq, index, lane);
+  for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
+    barrier_wait(smem.q_full, q_phase);
+    q_phase ^= 1;
+    const Work w = smem.work;
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i] = 0.f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
+    if (w.begin >= w.end) release_q(seq);
+
+    const int limit[2] = {cta.keys_of(w.len, token[0]), cta.keys_of(w.len, token[1])};
+    const int all_see = cta.keys_of(w.len, cta.token_of(0));  // tokens before this one are seen by every row of the tile
+    // Scores of this warpgroup's block, landed in s: masks them and moves the reference. True: the output needs rescaling.
+    auto begin_softmax = [&](int block) -> bool {
+      const int token0 = block * kBlockTokens;
+      const uint32_t valid = smem.valid_groups[kWg];
+      if (token0 + kBlockTokens > all_see || valid != 0xF) mask_scores(s, token0, limit, valid);
+      return update_reference(s, scale_log2, reference, factor);
+    };
+    // The rest: probabilities in registers for our own product and in shared memory for the other warpgroup's.
+    auto finish_softmax = [&](int block) {
+      probabilities<T>(s, scale_log2, reference, sum, probs);
+      barrier_wait(smem.p_empty[kWg], p_phase);
+      p_phase ^= 1;
+      store_probabilities(smem.p[kWg], warp, lane, probs);
+      if ((lane & 3) == 0) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) smem.reference[kWg][tile_row[r]] = reference[r];
+      }
+      const int tail = w.len - block * kBlockTokens;
+      if (tail < kBlockTokens) clear_tail<Tr>(smem.k[kWg], tail, threadIdx.x % kWarpgroup);
+      fence_async_proxy();
+      if (tail < kBlockTokens) named_sync(kWarpgroup0 + kWg, kWarpgroup);  // our own product reads every thread's zeros
+      named_arrive(kWg == 0 ? kP0Ready : kP1Ready, kComputeThreads);
+    };
+
+    // One step: block `block` of warpgroup 0 and, when there is one, block + 1 of warpgroup 1. Compiled for both cases, because ptxas gives up on
+    // overlapping products across branches.
+    auto step = [&](int block, auto pair_constant) {
+      constexpr bool pair = decltype(pair_constant)::value;
+      const bool last = block + 2 >= w.end;
+      if constexpr (kWg == 0) {
+        scores<Tr, 0>(s, smem, q_rope, k_phase);
+        k_phase ^= 1;
+        wgmma_wait<0>();
+        pin(s);
+        if (last) release_q(seq);
+        if (begin_softmax(block)) rescale();
+        finish_softmax(block);
+        accumulate<Tr, 0>(o, probs, smem, 0);
+        if constexpr (pair) {
+          named_sync(kP1Ready, kComputeThreads);
+          if (adopt_reference()) {
+            wgmma_wait<0>();
+            rescale();
+          }
+          accumulate<Tr, 0>(o, p_desc, smem, 1);
+          wgmma_wait<1>();
+          arrive(smem.k_empty[0][0]);
+          wgmma_wait<0>();
+          pin(o);
+          arrive(smem.k_empty[1][0]);
+          arrive(smem.p_empty[1]);
+        } else {
+          wgmma_wait<0>();
+          pin(o);
+          arrive(smem.k_empty[0][0]);
+        }
+      } else {
+        if constexpr (pair) scores<Tr, 1>(s, smem, q_rope, k_phase);
+        named_sync(kP0Ready, kComputeThreads);
+        if (adopt_reference()) {
+          wgmma_wait<0>();
+          rescale();
+        }
+        accumulate<Tr, 1>(o, p_desc, smem, 0);
+        if constexpr (pair) {
+          k_phase ^= 1;
+          wgmma_wait<1>();
+          pin(s);
+          if (last) release_q(seq);
+          const bool moved = begin_softmax(block + 1);
+          wgmma_wait<0>();
+          pin(o);
+          arrive(smem.k_empty[0][1]);
+          arrive(smem.p_empty[0]);
+          if (moved) rescale();
+          finish_softmax(block + 1);
+          accumulate<Tr, 1>(o, probs, smem, 1);
+          wgmma_wait<0>();
+          pin(o);
+          arrive(smem.k_empty[1][1]);
+        } else {
+          if (last) release_q(seq);
+          wgmma_wait<0>();
+          pin(o);
+          arrive(smem.k_empty[0][1]);
+          arrive(smem.p_empty[0]);
+        }
+      }
+    };
+    int block = w.begin;
+    for (; block + 1 < w.end; block += 2) step(block, std::true_type{});
+    if (block < w.end) step(block, std::false_type{});
+
+    // Both warpgroups hold the same reference; each summed its own blocks.
+    float (&row_sum)[2][64] = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = quad_sum(sum[r]);
+      if ((lane & 3) == 0) row_sum[kWg][tile_row[r]] = sum[r];
+    }
+    named_sync(kRowSums, kComputeThreads);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
+      const bool any = reference[r] != -INFINITY;  // a row without a key: output 0, lse -inf
+      const float inverse = any ? 1.f / total : 0.f, lse2 = any ? reference[r] + log2f(total) : -INFINITY;
+      const bool writes = index[r] >= 0, writes_lse = writes && kWg == 0 && (lane & 3) == 0;
+      if (w.slot < 0) {
+        T* out = static_cast<T*>(p.out) + (cta.first_index(seq) + index[r]) * kDv + kWg * (kDv / 2);
+        store_row(out, o, r, inverse, lane, writes);
+        const int head = index[r] - token[r] * p.h_q;
+        if (writes_lse) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token[r]] = lse2 * 0.6931471805599453f;
+      } else if (w.slot < p.slots) {
+        const int64_t at = (int64_t(w.slot) * p.h_kv + cta.kv_head()) * p.rows + cta.row0() + tile_row[r];
+        store_row(p.partial_out + at * kDv + kWg * (kDv / 2), o, r, inverse, lane, writes);
+        if (writes_lse) p.partial_lse[at] = lse2;
+      }
+    }
+  }
+}
+
+// ---- kernel and launcher ------------------------------------------------------------------------------------------------------------------------
+
+template <class Tr>
+__global__ void __launch_bounds__(kThreads, 1) dense_decode_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ DenseDecodeParams p) {
+  extern __shared__ char raw[];
+  auto& smem = *reinterpret_cast<Storage<Tr>*>(raw);
+  // Broadcast, so that the compiler sees warp-uniform branches.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
+
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(k_map);
+    for (int slot = 0; slot < 2; ++slot) {
+      for (int t = 0; t < Tr::kSubTiles; ++t) barrier_init(smem.k_full[slot][t], 1);
+      for (int half = 0; half < 2; ++half) barrier_init(smem.k_empty[slot][half], 4);
+      barrier_init(smem.p_empty[slot], 4);
+    }
+    barrier_init(smem.q_full, kWarpgroup);
+    barrier_init(smem.q_empty, 8);
+    barrier_init_fence();
+    smem.part = load_part(p);
+  }
+  __syncthreads();
+  let_successor_start();
+
+  const Cta cta{p, smem.part};
+  if (warp >= 8) {
+    cutlass::arch::warpgroup_reg_dealloc<56>();
+    produce<Tr>(k_map, smem, cta, warp - 8, lane);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<224>();
+    if (warp < 4)
+      compute<Tr, 0>(smem, cta, warp, lane);
+    else
+      compute<Tr, 1>(smem, cta, warp - 4, lane);
+  }
+}
+
+// [num_pages, page_size, h_kv, d_qk] in boxes of 64 columns x (at most) 64 tokens of one page and head.
+template <class Tr>
+Status encode_k_map(CUtensorMap& map, const DenseDecodeParams& p) {
+  const auto encode = tensor_map_encoder();
+  if (!encode) return "dense_decode: the CUDA driver offers no cuTensorMapEncodeTiled; a driver for CUDA 12 or newer is needed";
+  const uint64_t bytes = sizeof(typename Tr::T), row = uint64_t(p.d_qk) * bytes;
+  const cuuint64_t size[4] = {cuuint64_t(p.d_qk), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)};
+  const cuuint64_t stride[3] = {row, row * p.h_kv, row * p.h_kv * p.page_size};
+  const cuuint32_t box[4] = {64, 1, cuuint32_t(std::min(p.page_size, kBlockTokens)), 1}, step[4] = {1, 1, 1, 1};
+  const CUresult err = encode(&map, std::is_same_v<typename Tr::T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+                              const_cast<void*>(p.k_cache), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return err == CUDA_SUCCESS ? nullptr : "dense_decode: the CUDA driver refused the tensor map of k_cache";
+}
+
+template <class T, int kDqk>
+Status launch_dense_decode(const DenseDecodeParams& p) {
+  using Tr = Traits<T, kDqk>;
+  CUtensorMap k_map;
+  if (Status error = encode_k_map<Tr>(k_map, p)) return error;
+  const auto kernel = dense_decode_kernel<Tr>;
+  constexpr size_t smem = sizeof(Storage<Tr>);
+  if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return cudaGetErrorString(err);
+  const dim3 grid((p.rows + kRowTile - 1) / kRowTile, p.h_kv, p.num_parts);
+  if (cudaError_t err = launch(kernel, grid, kThreads, smem, p.stream, /*overlap=*/false, k_map, p)) return cudaGetErrorString(err);
+  return nullptr;
+}
+
+}  // namespace jax_flashmla::dense_decode

@@ -1,0 +1,3 @@
+#include "kernels/dense_decode.cuh"
+
+template jax_flashmla::Status jax_flashmla::dense_decode::launch_dense_decode<__half, 512>(const DenseDecodeParams&);

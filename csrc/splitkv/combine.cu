@@ -1,0 +1,102 @@
+// Merges partial results: out = sum_s 2^(lse_s - lse) out_s, lse = log2 sum_s 2^lse_s, in float32 and in a fixed order.
+//
+// A CTA serves `rows_per_cta` packed rows of one sequence. Up to kWarps splits: a warp per row, splits in order. More: all warps share a row, warp w
+// taking splits w, w + 8, ..., and their sums are added in warp order. Which of the two depends on the number of splits alone, so that a batch-invariant
+// plan gives batch-invariant bits; rows per CTA and the division of columns change no sum.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention/softmax.cuh"
+#include "hopper/launch.cuh"
+#include "splitkv/combine.h"
+
+namespace jax_flashmla {
+namespace {
+
+constexpr int kWarps = 8, kChunk = 128, kChunks = kDv / kChunk;  // a warp reads 128 columns as one float4 per lane
+
+__device__ __forceinline__ void add_scaled(float4& a, float w, const float4& v) {
+  a.x = fmaf(w, v.x, a.x), a.y = fmaf(w, v.y, a.y), a.z = fmaf(w, v.z, a.z), a.w = fmaf(w, v.w, a.w);
+}
+
+// The sequence a CTA works on: sequence x, or, where the batch is larger than the number of parts, the one whose split 1 is at the start of part x + 1.
+__device__ __forceinline__ int sequence_of(const DenseDecodeParams& p) {
+  if (p.b < p.num_parts) return blockIdx.x;
+  const Part part = p.metadata[blockIdx.x + 1];
+  return part.begin_split == 1 ? part.begin_seq : -1;
+}
+
+// kPerWarp: column chunks that a warp holds at once; the grid's z dimension covers the others.
+template <class T, int kPerWarp>
+__global__ void __launch_bounds__(kWarps * 32) combine_kernel(const __grid_constant__ DenseDecodeParams p, int rows_per_cta) {
+  __shared__ float4 shared[kWarps][kPerWarp][32];
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
+  const int seq = sequence_of(p);
+  if (seq < 0 || seq >= p.b) return;
+  const int first = p.num_splits[seq], splits = min(p.num_splits[seq + 1], p.slots) - first;
+  if (first < 0 || splits < 2) return;
+  wait_for_predecessor();
+
+  const bool share = splits > kWarps;
+  const int total_rows = p.h_kv * p.rows, row_end = min(int(blockIdx.y + 1) * rows_per_cta, total_rows);
+  for (int row = blockIdx.y * rows_per_cta + (share ? 0 : warp); row < row_end; row += share ? 1 : kWarps) {
+    const float* lse_of = p.partial_lse + int64_t(first) * total_rows + row;  // split s: + s * total_rows
+    float top = -INFINITY, sum = 0.f;
+    for (int s = lane; s < splits; s += 32) top = fmaxf(top, lse_of[int64_t(s) * total_rows]);
+    for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+    for (int s = lane; s < splits; s += 32) sum += top == -INFINITY ? 0.f : exp2_fast(lse_of[int64_t(s) * total_rows] - top);
+    for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    const float lse = top == -INFINITY ? -INFINITY : top + log2f(sum);
+
+    float4 acc[kPerWarp] = {};
+#pragma unroll 4
+    for (int s = share ? warp : 0; s < splits; s += share ? kWarps : 1) {
+      const float l = lse_of[int64_t(s) * total_rows], weight = l == -INFINITY ? 0.f : exp2_fast(l - lse);  // an empty split wrote zeros
+      const auto* o = reinterpret_cast<const float4*>(p.partial_out + (int64_t(first + s) * total_rows + row) * kDv) + lane;
+#pragma unroll
+      for (int c = 0; c < kPerWarp; ++c) add_scaled(acc[c], weight, o[(blockIdx.z * kPerWarp + c) * (kChunk / 4)]);
+    }
+    if (share) {
+#pragma unroll
+      for (int c = 0; c < kPerWarp; ++c) shared[warp][c][lane] = acc[c];
+      __syncthreads();
+      if (warp == 0) {
+        for (int w = 1; w < kWarps; ++w)
+#pragma unroll
+          for (int c = 0; c < kPerWarp; ++c) add_scaled(acc[c], 1.f, shared[w][c][lane]);
+      }
+      __syncthreads();
+    }
+    if (share && warp != 0) continue;
+
+    const int r = row % p.rows, token = r / p.group, head = row / p.rows * p.group + r % p.group;
+    auto* out = reinterpret_cast<uint2*>(static_cast<T*>(p.out) + ((int64_t(seq) * p.s_q + token) * p.h_q + head) * kDv) + lane;
+#pragma unroll
+    for (int c = 0; c < kPerWarp; ++c) out[(blockIdx.z * kPerWarp + c) * (kChunk / 4)] = make_uint2(pack<T>(acc[c].x, acc[c].y), pack<T>(acc[c].z, acc[c].w));
+    if (blockIdx.z == 0 && lane == 0) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = lse * 0.6931471805599453f;
+  }
+}
+
+template <class T>
+cudaError_t launch_combine(const DenseDecodeParams& p) {
+  const int sequences = std::min(p.b, p.num_parts - 1), total_rows = p.h_kv * p.rows;
+  // Little to do: spread it thin, for latency. Much: eight rows a CTA, all columns a warp.
+  const bool thin = int64_t(sequences) * total_rows <= 1024;
+  const int rows_per_cta = thin ? 1 : kWarps;
+  const dim3 grid(sequences, (total_rows + rows_per_cta - 1) / rows_per_cta, thin ? kChunks : 1);
+  const auto kernel = thin ? combine_kernel<T, 1> : combine_kernel<T, kChunks>;
+  return launch(kernel, grid, kWarps * 32, 0, p.stream, /*overlap=*/true, p, rows_per_cta);
+}
+
+}  // namespace
+
+Status run_combine(const DenseDecodeParams& p) {
+  const cudaError_t err = p.dtype == Dtype::kBF16 ? launch_combine<__nv_bfloat16>(p) : launch_combine<__half>(p);
+  return err == cudaSuccess ? nullptr : cudaGetErrorString(err);
+}
+
+}  // namespace jax_flashmla

@@ -1,0 +1,151 @@
+// The split-KV schedule: cuts the KV blocks of a batch into `num_parts` parts of about equal cost. The integers are those of
+// jax_flashmla/reference.py, which tells the rule in words.
+//
+// One CTA per plan. Costs are prefix-summed into shared memory; every part then finds its own boundary by binary search, and every sequence counts the
+// boundaries inside it by binary search over those: no loop is longer than b / 1024 or log2.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "hopper/launch.cuh"
+#include "splitkv/schedule.h"
+
+namespace jax_flashmla {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kSequenceOverhead = 5;    // what a piece costs besides its blocks, in blocks: Q, prologue, epilogue
+constexpr int kMinSplit = 4;            // blocks; a shorter piece writes more partial output than it reads keys
+constexpr int kMinInvariantSplit = 16;  // batch-invariant plans: the length alone decides
+constexpr int kMaxInvariantSplits = 16;
+
+struct Boundary {
+  int seq, block;
+  __device__ bool before(int s, int b) const { return seq < s || (seq == s && block < b); }
+};
+
+__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ __forceinline__ int blocks_of(int len) { return len > 0 ? (len - 1) / kBlockTokens + 1 : 0; }
+
+// prefix[i] = sum of value(0 .. i-1) for i = 0 .. n. Every thread owns a contiguous run; all must call.
+template <class Value, class Store>
+__device__ void exclusive_scan(int n, Value value, Store store) {
+  __shared__ int warp_sum[kThreads / 32];
+  const int per_thread = ceil_div(n, kThreads), begin = min(int(threadIdx.x) * per_thread, n), end = min(begin + per_thread, n);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  int own = 0;
+  for (int i = begin; i < end; ++i) own += value(i);
+  int inclusive = own;
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(~0u, inclusive, d);
+    if (lane >= d) inclusive += other;
+  }
+  if (lane == 31) warp_sum[warp] = inclusive;
+  __syncthreads();
+  if (warp == 0) {
+    int sum = warp_sum[lane];
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += other;
+    }
+    warp_sum[lane] = sum;
+  }
+  __syncthreads();
+  int running = inclusive - own + (warp ? warp_sum[warp - 1] : 0);
+  for (int i = begin; i < end; ++i) {
+    store(i, running);
+    running += value(i);
+  }
+  if (threadIdx.x == 0) store(n, warp_sum[kThreads / 32 - 1]);
+  __syncthreads();
+}
+
+__device__ void plan_invariant(const ScheduleParams& p, const int* lens, Part* parts, int* num_splits) {
+  auto split_blocks = [&](int i) { return max(kMinInvariantSplit, ceil_div(blocks_of(lens[i]), kMaxInvariantSplits)); };
+  auto splits = [&](int i) { return max(1, ceil_div(blocks_of(lens[i]), split_blocks(i))); };
+  for (int row = threadIdx.x; row < p.b * kMaxInvariantSplits; row += kThreads) {
+    const int i = row / kMaxInvariantSplits, s = row % kMaxInvariantSplits, size = split_blocks(i), n = splits(i);
+    parts[row] = s >= n ? Part{p.b, 0, p.b, 0, 0} : s == n - 1 ? Part{i, s * size, i + 1, 0, s} : Part{i, s * size, i, (s + 1) * size, s};
+  }
+  exclusive_scan(p.b, [&](int i) { return splits(i) > 1 ? splits(i) : 0; }, [&](int i, int v) { num_splits[i] = v; });
+}
+
+__device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* parts, int* num_splits, int* shared) {
+  int* prefix = shared;                                                    // [b + 1] cost before each sequence
+  auto* bounds = reinterpret_cast<Boundary*>(shared + (p.b + 2) / 2 * 2);  // [num_parts + 1]
+  const int cap = (1 << 30) / p.b;  // keeps the sums in 32 bits; the last split of a sequence runs to its true end in any case
+  auto blocks = [&](int i) { return min(blocks_of(lens[i]), cap); };
+  exclusive_scan(p.b, [&](int i) { return blocks(i) + kSequenceOverhead; }, [&](int i, int v) { prefix[i] = v; });
+
+  const int total = prefix[p.b], extra = (p.num_parts - 1) * kSequenceOverhead;
+  const int step = max(ceil_div(total + extra, p.num_parts) - kSequenceOverhead, kMinSplit);
+  for (int part = threadIdx.x; part <= p.num_parts; part += kThreads) {
+    const int x = part == 0 ? 0 : part == p.num_parts ? total : min(part * step + kSequenceOverhead, total);
+    int low = 0, high = p.b;  // the number of sequences that end at or before x
+    while (low < high) {
+      const int mid = (low + high) / 2;
+      if (prefix[mid + 1] <= x)
+        low = mid + 1;
+      else
+        high = mid;
+    }
+    Boundary bound{low, 0};
+    if (low < p.b) {
+      const int offset = x - prefix[low] - kSequenceOverhead, block = offset & ~1;  // blocks are worked on in pairs
+      if (offset >= kMinSplit && block >= kMinSplit)
+        bound = prefix[low + 1] - prefix[low] - kSequenceOverhead - block < kMinSplit ? Boundary{low + 1, 0} : Boundary{low, block};
+    }
+    bounds[part] = bound;
+  }
+  __syncthreads();
+
+  // The number of boundaries before (seq, block).
+  auto boundaries_before = [&](int seq, int block) {
+    int low = 0, high = p.num_parts + 1;
+    while (low < high) {
+      const int mid = (low + high) / 2;
+      if (bounds[mid].before(seq, block))
+        low = mid + 1;
+      else
+        high = mid;
+    }
+    return low;
+  };
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
+    const Boundary begin = bounds[part], end = bounds[part + 1];
+    parts[part] = {begin.seq, begin.block, end.seq, end.block, begin.block ? part + 1 - boundaries_before(begin.seq, 1) : 0};
+  }
+  exclusive_scan(
+      p.b,
+      [&](int i) {
+        const int inside = boundaries_before(i + 1, 0) - boundaries_before(i, 1);
+        return inside ? inside + 1 : 0;
+      },
+      [&](int i, int v) { num_splits[i] = v; });
+}
+
+__global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constant__ ScheduleParams p) {
+  extern __shared__ int shared[];
+  const int* lens = p.cache_seqlens + int64_t(blockIdx.x) * p.b;
+  Part* parts = p.metadata + int64_t(blockIdx.x) * p.num_parts;
+  int* num_splits = p.num_splits + int64_t(blockIdx.x) * (p.b + 1);
+  if (p.batch_invariant)
+    plan_invariant(p, lens, parts, num_splits);
+  else
+    plan_balanced(p, lens, parts, num_splits, shared);
+}
+
+size_t shared_bytes(int b, int num_parts) { return size_t((b + 2) / 2 * 2) * sizeof(int) + size_t(num_parts + 1) * sizeof(Boundary); }
+
+}  // namespace
+
+int max_schedule_batch(int num_parts) { return int((227 * 1024 - 1024 - size_t(num_parts + 2) * sizeof(Boundary)) / sizeof(int)); }
+
+Status run_schedule(const ScheduleParams& p) {
+  const size_t smem = p.batch_invariant ? 0 : shared_bytes(p.b, p.num_parts);
+  if (cudaError_t err = cudaFuncSetAttribute(schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem))) return cudaGetErrorString(err);
+  if (cudaError_t err = launch(schedule_kernel, p.n, kThreads, smem, p.stream, /*overlap=*/false, p)) return cudaGetErrorString(err);
+  return nullptr;
+}
+
+}  // namespace jax_flashmla

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "params.h"
+
+namespace jax_flashmla {
+
+Status run_schedule(const ScheduleParams& params);
+int max_schedule_batch(int num_parts);  // what fits the planner's shared memory
+
+}  // namespace jax_flashmla
