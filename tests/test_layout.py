@@ -102,11 +102,11 @@ def test_only_public_jax():
 
 @needs_extension
 def test_extension_has_the_targets_and_old_headers():
-    """A handler does not register on a jaxlib older than its headers; minor 1 is that of jaxlib 0.8."""
+    """A handler does not register on a jaxlib older than its headers: 0.8 has version 0.2, 0.10 has 0.3."""
     from jax_flashmla import _C
 
     assert set(_C.registrations()) == {op.target for op in OPS.values()}
-    assert tuple(_C.ffi_version()) == (0, 1)
+    assert (0, 0) < tuple(_C.ffi_version()) <= (0, 2)
 
 
 @needs_extension
