@@ -12,13 +12,15 @@ D_V = 512
 CHUNK_TOKENS = 512
 
 # The integers of the plan, the same in the CUDA planner: a KV block is 64 tokens; starting on a sequence costs about as
-# much as 5 blocks; a split under 4 blocks costs more in partial results than it saves.
+# much as 5 blocks; a split under 4 blocks costs more in partial results than it saves; merging partial results costs
+# the whole batch about 6 blocks.
 BLOCK = 64
 SEQUENCE_OVERHEAD_BLOCKS = 5
 MIN_SPLIT_BLOCKS = 4
+SPLIT_PENALTY_BLOCKS = 6
 MIN_INVARIANT_BLOCKS = 16
 MAX_INVARIANT_SPLITS = 16
-MAX_TOTAL_BLOCKS = 2**30  # keeps every sum of the planner inside int32
+MAX_TOTAL_BLOCKS = 2**29  # keeps every sum of the planner inside int32
 
 
 def clamp_lengths(cache_seqlens, block_table, page_size):
@@ -107,7 +109,8 @@ def _plan_balanced(blocks, parts):
     """Cuts the line of all sequences, each `overhead + blocks` long, into `parts` pieces of equal cost.
 
     Every part finds its own two cuts from the prefix sums, so nothing is sequential. A cut that would leave a piece of
-    fewer than MIN_SPLIT_BLOCKS moves to the edge of the sequence.
+    fewer than MIN_SPLIT_BLOCKS moves to the edge of the sequence. Where whole sequences balance nearly as well, every
+    cut does: no partial results.
     """
     b = blocks.shape[0]
     blocks = jnp.minimum(blocks, jnp.asarray(MAX_TOTAL_BLOCKS, jnp.int32) // jnp.maximum(b, 1))
@@ -127,6 +130,15 @@ def _plan_balanced(blocks, parts):
     at_end = ~at_start & (blocks[seq] - block < MIN_SPLIT_BLOCKS)
     seq = seq + at_end.astype(jnp.int32)
     block = jnp.where(at_start | at_end, 0, block)
+
+    # Without splits a sequence belongs to the share that its middle falls into.
+    starts = jnp.pad(ends[:-1], (1, 0))
+    share = jnp.minimum(p * -(total // -parts), total)
+    whole = (starts[:b] + ends[:b] <= 2 * share[:, None]).sum(axis=1, dtype=jnp.int32)
+    whole = jnp.where(p == parts, b, whole)
+    longest = jnp.diff(starts[whole]).max()
+    keep_whole = longest <= step + SEQUENCE_OVERHEAD_BLOCKS + SPLIT_PENALTY_BLOCKS
+    seq, block = jnp.where(keep_whole, whole, seq), jnp.where(keep_whole, 0, block)
 
     inside = block > 0
     same_seq = (seq[:, None] == seq) & inside

@@ -1,6 +1,7 @@
 """The split-KV plan: against a second, sequential implementation in Python, and against what a plan must be."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from jax_flashmla import _native, get_mla_metadata, ops
 from jax_flashmla.ops.schedule import num_parts
 
-BLOCK, OVERHEAD, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 5, 4, 16, 16
+BLOCK, OVERHEAD, PENALTY, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 5, 6, 4, 16, 16
 
 
 def blocks_of(length):
@@ -22,7 +23,7 @@ def blocks_of(length):
 def sequential_plan(lengths, parts):
     """Cut after cut, in unbounded integers."""
     b = len(lengths)
-    blocks = [min(blocks_of(n), 2**30 // max(b, 1)) for n in lengths]
+    blocks = [min(blocks_of(n), 2**29 // max(b, 1)) for n in lengths]
     starts, total = [], 0
     for n in blocks:
         starts.append(total)
@@ -45,6 +46,15 @@ def sequential_plan(lengths, parts):
 
     cuts = [0] + [min(p * step + OVERHEAD, total) for p in range(1, parts)] + [total]
     cuts = [boundary(x) for x in cuts]
+
+    # Whole sequences, each to the share that its middle falls into, when the longest part is not much longer then.
+    share = -(-total // parts)
+    middles = [start + (n + OVERHEAD) / 2 for start, n in zip(starts, blocks, strict=True)]
+    owner = [0] + [sum(middle <= min(p * share, total) for middle in middles) for p in range(1, parts)] + [b]
+    loads = [sum(n + OVERHEAD for n in blocks[i:j]) for i, j in itertools.pairwise(owner)]
+    if max(loads) <= step + OVERHEAD + PENALTY:
+        cuts = [(seq, 0) for seq in owner]
+
     metadata, cuts_in = [], [0] * b
     for p in range(parts):
         seq, block = cuts[p]

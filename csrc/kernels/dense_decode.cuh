@@ -11,7 +11,7 @@
 //
 // Shared memory (231 KB of 227 KiB): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The rope
 // part of Q (a 64x64 tile) lives in registers of both compute warpgroups: it would not fit.
-// Registers: compute 224 (O 128, S 32, P 16, rope 16), producer 56.
+// Registers: compute 232 (O 128, S 32, P 16, rope 16), producer 40.
 //
 // V is the first 512 columns of K, read M-major out of the same sub-tiles: sub-tiles 0-3 feed warpgroup 0, 4-7 warpgroup 1.
 #pragma once
@@ -65,7 +65,7 @@ static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory
 __device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
   Part part = p.metadata[blockIdx.z];
   part.begin_seq = max(part.begin_seq, 0);
-  if (part.end_seq >= p.b) part.end_seq = p.b, part.end_block = 0;
+  if (part.end_seq < 0 || part.end_seq >= p.b) part.end_seq = part.end_seq < 0 ? 0 : p.b, part.end_block = 0;
   return part;
 }
 
@@ -109,7 +109,7 @@ __device__ __forceinline__ void copy_q(const Cta& cta, Storage<Tr>& smem, int se
   using T = typename Tr::T;
   const T* q = static_cast<const T*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk;
   char* tiles = reinterpret_cast<char*>(smem.q);
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < 16; ++i) {
     const int row = 16 * warp + i, index = __shfl_sync(~0u, row_index, i);
 #pragma unroll
@@ -183,24 +183,10 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, Storage<Tr>& s
 #pragma unroll 1
         for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load(t);
         if (Tr::kRope && own) load(Tr::kSubTiles - 1);
-        // The slot's next block is a whole step away: bring it to L2 meanwhile, a load that hits there is twice as quick.
-        if (block + 2 < w.end) {
-          pages = load_pages(p, w, block + 2, tokens);
-#ifndef NO_PREFETCH
-          auto prefetch = [&](int t) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-              if (c * tokens < kBlockTokens)
-                tma_prefetch(k_map, t * 64, cta.kv_head(), tokens == kBlockTokens ? (block + 2) * kBlockTokens % p.page_size : 0, pages.id[c]);
-          };
-#pragma unroll 1
-          for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) prefetch(t);
-          if (Tr::kRope && own) prefetch(Tr::kSubTiles - 1);
-#endif
-        }
       }
       __syncwarp();
       if (q_pending) finish_q();
+      if (lane == 0 && block + 2 < w.end) pages = load_pages(p, w, block + 2, tokens);
     }
     if (q_pending) finish_q();
   }
@@ -234,9 +220,9 @@ __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const 
   wgmma_commit();
 }
 
-// O half kWg += P.V of slot `slot`; P in registers or in shared memory.
+// O half kWg (kept, or started from zero) += P.V of slot `slot`; P in registers or in shared memory.
 template <class Tr, int kWg, class P>
-__device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<Tr>& smem, int slot) {
+__device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<Tr>& smem, int slot, bool keep = true) {
   using A = Atoms<typename Tr::T>;
   const uint64_t v = smem_desc(smem.k[slot][kWg * Tr::kHalf], kSubTileBytes);
   pin(o);
@@ -244,16 +230,16 @@ __device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     if constexpr (std::is_integral_v<P>)
-      mma<typename A::PvSS>(o, p + 2 * step, v + 128 * step);
+      mma<typename A::PvSS>(o, p + 2 * step, v + 128 * step, keep || step > 0);
     else
-      mma<typename A::PvRS>(o, p + 4 * step, v + 128 * step);
+      mma<typename A::PvRS>(o, p + 4 * step, v + 128 * step, keep || step > 0);
   }
   wgmma_commit();
 }
 
-// Slots past the end of the sequence may hold anything, and 0 x NaN is NaN: clear their rows of V.
+// Zeros in rows first_row .. 63 of V.
 template <class Tr>
-__device__ __forceinline__ void clear_tail(typename Storage<Tr>::SubTile (&k)[Tr::kSubTiles], int first_row, int thread) {
+__device__ __forceinline__ void clear_rows(typename Storage<Tr>::SubTile (&k)[Tr::kSubTiles], int first_row, int thread) {
   for (int i = thread; i < (64 - first_row) * 8; i += kWarpgroup)
 #pragma unroll
     for (int t = 0; t < 2 * Tr::kHalf; ++t) reinterpret_cast<uint4*>(k[t])[first_row * 8 + i] = make_uint4(0, 0, 0, 0);
@@ -265,36 +251,22 @@ __device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta
   load_fragment(q_rope, index[0] < 0 ? nullptr : q + int64_t(index[0]) * cta.p.d_qk, index[1] < 0 ? nullptr : q + int64_t(index[1]) * cta.p.d_qk, lane);
 }
 
-template <class Tr, int kWg>
-__device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int warp, int lane) {
+template <class Tr>
+__device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int wg, int warp, int lane) {
   using T = typename Tr::T;
   const DenseDecodeParams& p = cta.p;
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
   const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * 1.4426950408889634f;
-  const uint64_t p_desc = smem_desc(smem.p[1 - kWg]);  // the other warpgroup's probabilities
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
-  const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])};
+  const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])},
+            first_token = cta.token_of(0);
   uint32_t k_phase = 0, p_phase = 1, q_phase = 0;
   float o[128], s[32], reference[2], sum[2], factor[2];
   uint32_t probs[16], q_rope[16];
 
   auto arrive = [&](Barrier& bar) {
+    __syncwarp();  // an arrival releases the arriving thread's accesses only
     if (lane == 0) barrier_arrive(bar);
-  };
-  // Q is no longer needed: lets the producer copy the next sequence's, and fetches the next rope part behind what is left of this piece.
-  auto release_q = [&](int seq) {
-    arrive(smem.q_empty);
-    if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index, lane);
-  };
-  // Follows the reference maximum that the other warpgroup used. Uniform over the warp: true when a row's changed.
-  auto adopt_reference = [&]() -> bool {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float now = smem.reference[1 - kWg][tile_row[r]];
-      factor[r] = rescale_factor(reference[r], now);
-      reference[r] = now;
-    }
-    return __any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f);
   };
   auto rescale = [&] {
     pin(o);
@@ -309,112 +281,141 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
     q_phase ^= 1;
     const Work w = smem.work;
 #pragma unroll
-    for (int i = 0; i < 128; ++i) o[i] = 0.f;
-#pragma unroll
     for (int r = 0; r < 2; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
-    if (w.begin >= w.end) release_q(seq);
-
     const int limit[2] = {cta.keys_of(w.len, token[0]), cta.keys_of(w.len, token[1])};
-    const int all_see = cta.keys_of(w.len, cta.token_of(0));  // tokens before this one are seen by every row of the tile
-    // Scores of this warpgroup's block, landed in s: masks them and moves the reference. True: the output needs rescaling.
-    auto begin_softmax = [&](int block) -> bool {
-      const int token0 = block * kBlockTokens;
-      const uint32_t valid = smem.valid_groups[kWg];
-      if (token0 + kBlockTokens > all_see || valid != 0xF) mask_scores(s, token0, limit, valid);
-      return update_reference(s, scale_log2, reference, factor);
+    const int all_see = cta.keys_of(w.len, first_token);  // tokens before this one are seen by every row of the tile
+
+    // Q is no longer needed: lets the producer copy the next sequence's, and fetches the next rope part behind what is left of this piece.
+    auto release_q = [&] {
+      arrive(smem.q_empty);
+      if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index, lane);
     };
-    // The rest: probabilities in registers for our own product and in shared memory for the other warpgroup's.
-    auto finish_softmax = [&](int block) {
-      probabilities<T>(s, scale_log2, reference, sum, probs);
-      barrier_wait(smem.p_empty[kWg], p_phase);
+    auto mask = [&](int block) {
+      const uint32_t valid = smem.valid_groups[wg];
+      if ((block + 1) * kBlockTokens > all_see || valid != 0xF) mask_scores(s, block * kBlockTokens, limit, valid);
+    };
+    // Slots past the end of the sequence may hold anything, and 0 x NaN is NaN: clears their rows of V, before either warpgroup multiplies with them.
+    auto clear_tail = [&](int block) {
+      const int tail = w.len - block * kBlockTokens;
+      if (tail >= kBlockTokens) return;
+      clear_rows<Tr>(smem.k[wg], tail, threadIdx.x % kWarpgroup);
+      fence_async_proxy();
+      named_sync(kWarpgroup0 + wg, kWarpgroup);  // our own product reads every thread's zeros
+    };
+    // Hands this warpgroup's probabilities and reference to the other one.
+    auto publish = [&](int block) {
+      barrier_wait(smem.p_empty[wg], p_phase);
       p_phase ^= 1;
-      store_probabilities(smem.p[kWg], warp, lane, probs);
+      store_probabilities(smem.p[wg], warp, lane, probs);
       if ((lane & 3) == 0) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) smem.reference[kWg][tile_row[r]] = reference[r];
+        for (int r = 0; r < 2; ++r) smem.reference[wg][tile_row[r]] = reference[r];
       }
-      const int tail = w.len - block * kBlockTokens;
-      if (tail < kBlockTokens) clear_tail<Tr>(smem.k[kWg], tail, threadIdx.x % kWarpgroup);
       fence_async_proxy();
-      if (tail < kBlockTokens) named_sync(kWarpgroup0 + kWg, kWarpgroup);  // our own product reads every thread's zeros
-      named_arrive(kWg == 0 ? kP0Ready : kP1Ready, kComputeThreads);
+      named_arrive(kP0Ready + wg, kComputeThreads);
+    };
+    // Follows the reference that the other warpgroup published. Uniform over the warp: true when a row's differs, and then the output needs rescaling.
+    auto adopt_reference = [&]() -> bool {
+      float theirs[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) theirs[r] = smem.reference[1 - wg][tile_row[r]];
+      if (!__any_sync(~0u, theirs[0] != reference[0] || theirs[1] != reference[1])) return false;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) factor[r] = rescale_factor(reference[r], theirs[r]), reference[r] = theirs[r];
+      return true;
     };
 
-    // One step: block `block` of warpgroup 0 and, when there is one, block + 1 of warpgroup 1. Compiled for both cases, because ptxas gives up on
-    // overlapping products across branches.
-    auto step = [&](int block, auto pair_constant) {
-      constexpr bool pair = decltype(pair_constant)::value;
-      const bool last = block + 2 >= w.end;
-      if constexpr (kWg == 0) {
-        scores<Tr, 0>(s, smem, q_rope, k_phase);
+    // Warpgroup 0's share of a step: block `block`, and what warpgroup 1 makes of block + 1 when there is one (kPair). Compiled for both cases,
+    // because ptxas gives up on overlapping products across branches.
+    auto step0 = [&](int block, auto pair_constant) {
+      constexpr bool kPair = decltype(pair_constant)::value;
+      scores<Tr, 0>(s, smem, q_rope, k_phase);
+      k_phase ^= 1;
+      wgmma_wait<0>();
+      pin(s);
+      if (block + 2 >= w.end) release_q();
+      mask(block);
+      if (update_reference(s, scale_log2, reference, factor)) rescale();
+      probabilities<T>(s, scale_log2, reference, sum, probs);
+      clear_tail(block);
+      publish(block);
+      accumulate<Tr, 0>(o, probs, smem, 0, block > w.begin);
+      wgmma_wait<0>();  // P1 is not there yet anyway, and the sooner this half of the slot is refilled, the better
+      pin(o);
+      arrive(smem.k_empty[0][0]);
+      if constexpr (kPair) {
+        named_sync(kP1Ready, kComputeThreads);
+        if (adopt_reference()) rescale();
+        accumulate<Tr, 0>(o, smem_desc(smem.p[1]), smem, 1);
+        wgmma_wait<0>();
+        pin(o);
+        arrive(smem.k_empty[1][0]);
+        arrive(smem.p_empty[1]);
+      }
+    };
+    // Warpgroup 1's share. Its softmax does not wait for warpgroup 0's: it guesses that block `block` leaves the reference where it is, which is so
+    // but for the first few blocks of a sequence, and starts over when it was not.
+    auto step1 = [&](int block, auto pair_constant) {
+      constexpr bool kPair = decltype(pair_constant)::value;
+      bool moved = false;
+      float block_sum[2] = {0.f, 0.f}, mine[2] = {reference[0], reference[1]};
+      if constexpr (kPair) {
+        scores<Tr, 1>(s, smem, q_rope, k_phase);
         k_phase ^= 1;
         wgmma_wait<0>();
         pin(s);
-        if (last) release_q(seq);
-        if (begin_softmax(block)) rescale();
-        finish_softmax(block);
-        accumulate<Tr, 0>(o, probs, smem, 0);
-        if constexpr (pair) {
-          named_sync(kP1Ready, kComputeThreads);
-          if (adopt_reference()) {
-            wgmma_wait<0>();
-            rescale();
-          }
-          accumulate<Tr, 0>(o, p_desc, smem, 1);
-          wgmma_wait<1>();
-          arrive(smem.k_empty[0][0]);
-          wgmma_wait<0>();
-          pin(o);
-          arrive(smem.k_empty[1][0]);
-          arrive(smem.p_empty[1]);
-        } else {
-          wgmma_wait<0>();
-          pin(o);
-          arrive(smem.k_empty[0][0]);
+        if (block + 2 >= w.end) release_q();
+        mask(block + 1);
+        moved = update_reference(s, scale_log2, mine, factor);
+        probabilities<T>(s, scale_log2, mine, block_sum, probs);
+      } else if (block + 2 >= w.end) {
+        release_q();
+      }
+      named_sync(kP0Ready, kComputeThreads);
+      if (adopt_reference()) {
+        rescale();
+        if constexpr (kPair) {
+          mine[0] = reference[0], mine[1] = reference[1], block_sum[0] = block_sum[1] = 0.f;
+          moved = update_reference(s, scale_log2, mine, factor);
+          probabilities<T>(s, scale_log2, mine, block_sum, probs);
         }
-      } else {
-        if constexpr (pair) scores<Tr, 1>(s, smem, q_rope, k_phase);
-        named_sync(kP0Ready, kComputeThreads);
-        if (adopt_reference()) {
-          wgmma_wait<0>();
-          rescale();
-        }
-        accumulate<Tr, 1>(o, p_desc, smem, 0);
-        if constexpr (pair) {
-          k_phase ^= 1;
-          wgmma_wait<1>();
-          pin(s);
-          if (last) release_q(seq);
-          const bool moved = begin_softmax(block + 1);
-          wgmma_wait<0>();
-          pin(o);
-          arrive(smem.k_empty[0][1]);
-          arrive(smem.p_empty[0]);
-          if (moved) rescale();
-          finish_softmax(block + 1);
-          accumulate<Tr, 1>(o, probs, smem, 1);
-          wgmma_wait<0>();
-          pin(o);
-          arrive(smem.k_empty[1][1]);
-        } else {
-          if (last) release_q(seq);
-          wgmma_wait<0>();
-          pin(o);
-          arrive(smem.k_empty[0][1]);
-          arrive(smem.p_empty[0]);
-        }
+      }
+      if constexpr (kPair) reference[0] = mine[0], reference[1] = mine[1];
+      accumulate<Tr, 1>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
+      if constexpr (kPair) clear_tail(block + 1), publish(block + 1);
+      wgmma_wait<0>();
+      pin(o);
+      arrive(smem.k_empty[0][1]);
+      arrive(smem.p_empty[0]);
+      if constexpr (kPair) {
+        if (moved) rescale();
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sum[r] += block_sum[r];
+        accumulate<Tr, 1>(o, probs, smem, 1);
+        wgmma_wait<0>();
+        pin(o);
+        arrive(smem.k_empty[1][1]);
       }
     };
     int block = w.begin;
-    for (; block + 1 < w.end; block += 2) step(block, std::true_type{});
-    if (block < w.end) step(block, std::false_type{});
+    if (w.begin >= w.end) {  // no key: the output is zero, and the registers still hold the last piece's
+      release_q();
+#pragma unroll
+      for (int i = 0; i < 128; ++i) o[i] = 0.f;
+    } else if (wg == 0) {
+      for (; block + 1 < w.end; block += 2) step0(block, std::true_type{});
+      if (block < w.end) step0(block, std::false_type{});
+    } else {
+      for (; block + 1 < w.end; block += 2) step1(block, std::true_type{});
+      if (block < w.end) step1(block, std::false_type{});
+    }
 
     // Both warpgroups hold the same reference; each summed its own blocks.
     float (&row_sum)[2][64] = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = quad_sum(sum[r]);
-      if ((lane & 3) == 0) row_sum[kWg][tile_row[r]] = sum[r];
+      if ((lane & 3) == 0) row_sum[wg][tile_row[r]] = sum[r];
     }
     named_sync(kRowSums, kComputeThreads);
 #pragma unroll
@@ -422,15 +423,15 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
       const bool any = reference[r] != -INFINITY;  // a row without a key: output 0, lse -inf
       const float inverse = any ? 1.f / total : 0.f, lse2 = any ? reference[r] + log2f(total) : -INFINITY;
-      const bool writes = index[r] >= 0, writes_lse = writes && kWg == 0 && (lane & 3) == 0;
+      const bool writes = index[r] >= 0, writes_lse = writes && wg == 0 && (lane & 3) == 0;
       if (w.slot < 0) {
-        T* out = static_cast<T*>(p.out) + (cta.first_index(seq) + index[r]) * kDv + kWg * (kDv / 2);
+        T* out = static_cast<T*>(p.out) + (cta.first_index(seq) + index[r]) * kDv + wg * (kDv / 2);
         store_row(out, o, r, inverse, lane, writes);
         const int head = index[r] - token[r] * p.h_q;
         if (writes_lse) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token[r]] = lse2 * 0.6931471805599453f;
       } else if (w.slot < p.slots) {
         const int64_t at = (int64_t(w.slot) * p.h_kv + cta.kv_head()) * p.rows + cta.row0() + tile_row[r];
-        store_row(p.partial_out + at * kDv + kWg * (kDv / 2), o, r, inverse, lane, writes);
+        store_row(p.partial_out + at * kDv + wg * (kDv / 2), o, r, inverse, lane, writes);
         if (writes_lse) p.partial_lse[at] = lse2;
       }
     }
@@ -446,31 +447,28 @@ __global__ void __launch_bounds__(kThreads, 1) dense_decode_kernel(const __grid_
   // Broadcast, so that the compiler sees warp-uniform branches.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
 
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == kThreads - 1) {
+    smem.part = load_part(p);
     tma_prefetch_map(k_map);
-    for (int slot = 0; slot < 2; ++slot) {
-      for (int t = 0; t < Tr::kSubTiles; ++t) barrier_init(smem.k_full[slot][t], 1);
-      for (int half = 0; half < 2; ++half) barrier_init(smem.k_empty[slot][half], 4);
-      barrier_init(smem.p_empty[slot], 4);
-    }
+  }
+  if (threadIdx.x < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[threadIdx.x], 1);
+  if (threadIdx.x < 4) barrier_init((&smem.k_empty[0][0])[threadIdx.x], 4);
+  if (threadIdx.x < 2) barrier_init(smem.p_empty[threadIdx.x], 4);
+  if (threadIdx.x == 0) {
     barrier_init(smem.q_full, kWarpgroup);
     barrier_init(smem.q_empty, 8);
-    barrier_init_fence();
-    smem.part = load_part(p);
   }
+  barrier_init_fence();
   __syncthreads();
   let_successor_start();
 
   const Cta cta{p, smem.part};
   if (warp >= 8) {
-    cutlass::arch::warpgroup_reg_dealloc<56>();
+    cutlass::arch::warpgroup_reg_dealloc<40>();
     produce<Tr>(k_map, smem, cta, warp - 8, lane);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<224>();
-    if (warp < 4)
-      compute<Tr, 0>(smem, cta, warp, lane);
-    else
-      compute<Tr, 1>(smem, cta, warp - 4, lane);
+    cutlass::arch::warpgroup_reg_alloc<232>();
+    compute<Tr>(smem, cta, warp / 4, warp % 4, lane);
   }
 }
 

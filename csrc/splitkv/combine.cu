@@ -32,7 +32,7 @@ __device__ __forceinline__ int sequence_of(const DenseDecodeParams& p) {
 
 // kPerWarp: column chunks that a warp holds at once; the grid's z dimension covers the others.
 template <class T, int kPerWarp>
-__global__ void __launch_bounds__(kWarps * 32) combine_kernel(const __grid_constant__ DenseDecodeParams p, int rows_per_cta) {
+__global__ void __launch_bounds__(kWarps * 32, 3) combine_kernel(const __grid_constant__ DenseDecodeParams p, int rows_per_cta) {
   __shared__ float4 shared[kWarps][kPerWarp][32];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
   const int seq = sequence_of(p);
@@ -42,23 +42,45 @@ __global__ void __launch_bounds__(kWarps * 32) combine_kernel(const __grid_const
   wait_for_predecessor();
 
   const bool share = splits > kWarps;
+  const int start = share ? warp : 0, stride = share ? kWarps : 1;  // this warp's splits
   const int total_rows = p.h_kv * p.rows, row_end = min(int(blockIdx.y + 1) * rows_per_cta, total_rows);
   for (int row = blockIdx.y * rows_per_cta + (share ? 0 : warp); row < row_end; row += share ? 1 : kWarps) {
     const float* lse_of = p.partial_lse + int64_t(first) * total_rows + row;  // split s: + s * total_rows
+    const auto* out_of =
+        reinterpret_cast<const float4*>(p.partial_out + (int64_t(first) * total_rows + row) * kDv) + blockIdx.z * kPerWarp * (kChunk / 4) + lane;
+    const int64_t split_stride = int64_t(total_rows) * (kDv / 4);
+    // The first two splits are on their way while the weights are computed.
+    float4 ahead[2][kPerWarp];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int c = 0; c < kPerWarp; ++c)
+        if (start + k * stride < splits) ahead[k][c] = out_of[(start + k * stride) * split_stride + c * (kChunk / 4)];
+
     float top = -INFINITY, sum = 0.f;
     for (int s = lane; s < splits; s += 32) top = fmaxf(top, lse_of[int64_t(s) * total_rows]);
     for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
     for (int s = lane; s < splits; s += 32) sum += top == -INFINITY ? 0.f : exp2_fast(lse_of[int64_t(s) * total_rows] - top);
     for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     const float lse = top == -INFINITY ? -INFINITY : top + log2f(sum);
+    auto weight = [&](int s) {
+      const float l = lse_of[int64_t(s) * total_rows];
+      return l == -INFINITY ? 0.f : exp2_fast(l - lse);  // an empty split wrote zeros
+    };
 
     float4 acc[kPerWarp] = {};
-#pragma unroll 4
-    for (int s = share ? warp : 0; s < splits; s += share ? kWarps : 1) {
-      const float l = lse_of[int64_t(s) * total_rows], weight = l == -INFINITY ? 0.f : exp2_fast(l - lse);  // an empty split wrote zeros
-      const auto* o = reinterpret_cast<const float4*>(p.partial_out + (int64_t(first + s) * total_rows + row) * kDv) + lane;
 #pragma unroll
-      for (int c = 0; c < kPerWarp; ++c) add_scaled(acc[c], weight, o[(blockIdx.z * kPerWarp + c) * (kChunk / 4)]);
+    for (int k = 0; k < 2; ++k)
+      if (start + k * stride < splits) {
+        const float w = weight(start + k * stride);
+#pragma unroll
+        for (int c = 0; c < kPerWarp; ++c) add_scaled(acc[c], w, ahead[k][c]);
+      }
+#pragma unroll(kPerWarp == 1 ? 4 : 1)
+    for (int s = start + 2 * stride; s < splits; s += stride) {
+      const float w = weight(s);
+#pragma unroll
+      for (int c = 0; c < kPerWarp; ++c) add_scaled(acc[c], w, out_of[s * split_stride + c * (kChunk / 4)]);
     }
     if (share) {
 #pragma unroll

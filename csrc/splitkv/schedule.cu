@@ -2,7 +2,7 @@
 // jax_flashmla/reference.py, which tells the rule in words.
 //
 // One CTA per plan. Costs are prefix-summed into shared memory; every part then finds its own boundary by binary search, and every sequence counts the
-// boundaries inside it by binary search over those: no loop is longer than b / 1024 or log2.
+// boundaries inside it by binary search over those: no loop is longer than b / 1024 or log2. Where whole sequences balance nearly as well, none is split.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kSequenceOverhead = 5;    // what a piece costs besides its blocks, in blocks: Q, prologue, epilogue
+constexpr int kSplitPenalty = 6;        // blocks; what partial results and merging them cost the whole batch
 constexpr int kMinSplit = 4;            // blocks; a shorter piece writes more partial output than it reads keys
 constexpr int kMinInvariantSplit = 16;  // batch-invariant plans: the length alone decides
 constexpr int kMaxInvariantSplits = 16;
@@ -26,6 +27,20 @@ struct Boundary {
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ int blocks_of(int len) { return len > 0 ? (len - 1) / kBlockTokens + 1 : 0; }
+
+// The first index below n for which `reached` holds, n if none; it must hold from there on.
+template <class Reached>
+__device__ __forceinline__ int first_index(int n, Reached reached) {
+  int low = 0;
+  while (low < n) {
+    const int mid = (low + n) / 2;
+    if (reached(mid))
+      n = mid;
+    else
+      low = mid + 1;
+  }
+  return low;
+}
 
 // prefix[i] = sum of value(0 .. i-1) for i = 0 .. n. Every thread owns a contiguous run; all must call.
 template <class Value, class Store>
@@ -71,46 +86,41 @@ __device__ void plan_invariant(const ScheduleParams& p, const int* lens, Part* p
 }
 
 __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* parts, int* num_splits, int* shared) {
-  int* prefix = shared;                                                    // [b + 1] cost before each sequence
-  auto* bounds = reinterpret_cast<Boundary*>(shared + (p.b + 2) / 2 * 2);  // [num_parts + 1]
-  const int cap = (1 << 30) / p.b;  // keeps the sums in 32 bits; the last split of a sequence runs to its true end in any case
+  int* prefix = shared;                                                                           // [b + 1] cost before each sequence
+  int* whole = prefix + p.b + 1;                                                                  // [num_parts + 1] the cuts that split nothing
+  auto* bounds = reinterpret_cast<Boundary*>(whole + p.num_parts + 1 + (p.b + p.num_parts) % 2);  // [num_parts + 1], on 8 bytes
+  __shared__ int longest;                                                                         // part when nothing is split
+  const int cap = (1 << 29) / p.b;  // keeps the sums in 32 bits; the last split of a sequence runs to its true end in any case
   auto blocks = [&](int i) { return min(blocks_of(lens[i]), cap); };
+  if (threadIdx.x == 0) longest = 0;
   exclusive_scan(p.b, [&](int i) { return blocks(i) + kSequenceOverhead; }, [&](int i, int v) { prefix[i] = v; });
 
-  const int total = prefix[p.b], extra = (p.num_parts - 1) * kSequenceOverhead;
+  const int total = prefix[p.b], extra = (p.num_parts - 1) * kSequenceOverhead, share = ceil_div(total, p.num_parts);
   const int step = max(ceil_div(total + extra, p.num_parts) - kSequenceOverhead, kMinSplit);
   for (int part = threadIdx.x; part <= p.num_parts; part += kThreads) {
-    const int x = part == 0 ? 0 : part == p.num_parts ? total : min(part * step + kSequenceOverhead, total);
-    int low = 0, high = p.b;  // the number of sequences that end at or before x
-    while (low < high) {
-      const int mid = (low + high) / 2;
-      if (prefix[mid + 1] <= x)
-        low = mid + 1;
-      else
-        high = mid;
-    }
-    Boundary bound{low, 0};
-    if (low < p.b) {
-      const int offset = x - prefix[low] - kSequenceOverhead, block = offset & ~1;  // blocks are worked on in pairs
-      if (offset >= kMinSplit && block >= kMinSplit)
-        bound = prefix[low + 1] - prefix[low] - kSequenceOverhead - block < kMinSplit ? Boundary{low + 1, 0} : Boundary{low, block};
+    // Without splits: a sequence belongs to the share that its middle falls into.
+    const int x = min(part * share, total);
+    whole[part] = part == p.num_parts ? p.b : first_index(p.b, [&](int i) { return prefix[i] + prefix[i + 1] > 2 * x; });
+    // With splits: equal steps, but no piece shorter than the minimum.
+    const int cut = part == 0 ? 0 : part == p.num_parts ? total : min(part * step + kSequenceOverhead, total);
+    const int seq = first_index(p.b, [&](int i) { return prefix[i + 1] > cut; });
+    Boundary bound{seq, 0};
+    if (seq < p.b) {
+      const int offset = cut - prefix[seq] - kSequenceOverhead, block = offset & ~1;  // blocks are worked on in pairs
+      const int rest = prefix[seq + 1] - prefix[seq] - kSequenceOverhead - block;
+      if (offset >= kMinSplit && block >= kMinSplit) bound = rest < kMinSplit ? Boundary{seq + 1, 0} : Boundary{seq, block};
     }
     bounds[part] = bound;
   }
   __syncthreads();
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) atomicMax(&longest, prefix[whole[part + 1]] - prefix[whole[part]]);
+  __syncthreads();
+  if (longest <= step + kSequenceOverhead + kSplitPenalty)
+    for (int part = threadIdx.x; part <= p.num_parts; part += kThreads) bounds[part] = {whole[part], 0};
+  __syncthreads();
 
   // The number of boundaries before (seq, block).
-  auto boundaries_before = [&](int seq, int block) {
-    int low = 0, high = p.num_parts + 1;
-    while (low < high) {
-      const int mid = (low + high) / 2;
-      if (bounds[mid].before(seq, block))
-        low = mid + 1;
-      else
-        high = mid;
-    }
-    return low;
-  };
+  auto boundaries_before = [&](int seq, int block) { return first_index(p.num_parts + 1, [&](int i) { return !bounds[i].before(seq, block); }); };
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
     const Boundary begin = bounds[part], end = bounds[part + 1];
     parts[part] = {begin.seq, begin.block, end.seq, end.block, begin.block ? part + 1 - boundaries_before(begin.seq, 1) : 0};
@@ -135,11 +145,11 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     plan_balanced(p, lens, parts, num_splits, shared);
 }
 
-size_t shared_bytes(int b, int num_parts) { return size_t((b + 2) / 2 * 2) * sizeof(int) + size_t(num_parts + 1) * sizeof(Boundary); }
+size_t shared_bytes(int b, int num_parts) { return size_t(b + num_parts + 3) * sizeof(int) + size_t(num_parts + 1) * sizeof(Boundary); }
 
 }  // namespace
 
-int max_schedule_batch(int num_parts) { return int((227 * 1024 - 1024 - size_t(num_parts + 2) * sizeof(Boundary)) / sizeof(int)); }
+int max_schedule_batch(int num_parts) { return int((226 * 1024 - shared_bytes(0, num_parts)) / sizeof(int)); }
 
 Status run_schedule(const ScheduleParams& p) {
   const size_t smem = p.batch_invariant ? 0 : shared_bytes(p.b, p.num_parts);
