@@ -32,7 +32,7 @@ __device__ __forceinline__ int sequence_of(const DenseDecodeParams& p) {
 
 // kPerWarp: column chunks that a warp holds at once; the grid's z dimension covers the others.
 template <class T, int kPerWarp>
-__global__ void __launch_bounds__(kWarps * 32, 3) combine_kernel(const __grid_constant__ DenseDecodeParams p, int rows_per_cta) {
+__global__ void __launch_bounds__(kWarps * 32) combine_kernel(const __grid_constant__ DenseDecodeParams p, int rows_per_cta) {
   __shared__ float4 shared[kWarps][kPerWarp][32];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
   const int seq = sequence_of(p);
