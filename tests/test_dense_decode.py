@@ -277,6 +277,20 @@ def test_command_buffers(tmp_path):
     assert bits[0] == bits[1] == chained_bytes()
 
 
+def test_unsplit_layers_wait_for_each_other():
+    """Where nothing is split the merge has nothing to do; what follows must wait for the decode kernel all the same."""
+    inputs = on_gpu(testing.make_inputs(Case("unsplit", (2048,) * 66, h_q=128)))
+    plan = get_mla_metadata(inputs.cache_seqlens, 128, 1)
+    assert plan[1][-1] == 0
+    q = inputs.q
+    for _ in range(8):
+        out, _ = jax.block_until_ready(decode(inputs._replace(q=q), batch_invariant=False))
+        q = q.at[..., :512].set(out)
+    step = jax.jit(functools.partial(chain, layers=8))
+    for _ in range(4):
+        assert_same_bits(step(inputs)[:1], [out])
+
+
 def test_scan_and_loop():
     inputs = on_gpu(testing.make_inputs(BY_NAME["edges_causal_2"]))
 

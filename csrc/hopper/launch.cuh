@@ -8,7 +8,8 @@
 
 namespace jax_flashmla {
 
-// A kernel launched with `overlap` may start before its predecessor in the stream ends: it waits here until that one's writes are visible.
+// A kernel launched with `overlap` may start before its predecessor in the stream ends: it waits here until that one's writes are visible. Every CTA
+// must wait: a successor relies on this kernel's end alone, in a CUDA graph above all.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

@@ -9,7 +9,7 @@
 //   warpgroup 1   block 2j+1: S1 = Q.K1                       | O[:, 256:] += P0.V0 (smem) | P1 -> smem | O[:, 256:] += P1.V1 (registers)
 //   warpgroup 2   four producer warps, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also copies Q.
 //
-// Shared memory (231,176 of 232,448 bytes): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The rope
+// Shared memory (231,424 of 232,448 bytes): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The rope
 // part of Q (a 64x64 tile) lives in registers of both compute warpgroups: it would not fit.
 // Registers: compute 224 (O 128, S 32, P 16, rope 16), producer 56.
 //
