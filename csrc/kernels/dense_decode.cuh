@@ -44,7 +44,7 @@ struct Work {
 };
 
 constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
-enum NamedBarrier { kP0Ready = 1, kP1Ready, kRowSums, kWarpgroup0, kWarpgroup1 };
+enum NamedBarrier { kP0Ready = 1, kP1Ready, kTurn, kRowSums, kWarpgroup0, kWarpgroup1 };
 
 template <class Tr>
 struct alignas(1024) Storage {
@@ -338,14 +338,16 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
     };
 
     // A step is block `block` of warpgroup 0 and, when there is one (kPair), block + 1 of warpgroup 1. It is compiled for both cases, because ptxas gives
-    // up on overlapping products across branches. What makes it quick is that the warpgroups stay half a step apart: warpgroup 1's softmax waits for
-    // warpgroup 0's probabilities, and slot 0 is let go of as soon as its last reader is through, so that it is full again half a step before slot 1.
+    // up on overlapping products across branches. What makes it quick is that the warpgroups stay half a step apart, one in its softmax while the other
+    // multiplies: warpgroup 1's scores wait for warpgroup 0's, its softmax for warpgroup 0's probabilities, and slot 0 is let go of as soon as its last
+    // reader is through, so that it is full again half a step before slot 1.
     auto step0 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
       scores<Tr, 0>(s, smem, q_rope, k_phase);
       k_phase ^= 1;
       wgmma_wait<0>();
       pin(s);
+      if constexpr (kPair) named_arrive(kTurn, kComputeThreads);
       if (block + 2 >= w.end) release_q();
       mask(Wg0{}, block);
       if (update_reference(s, scale_log2, reference, factor)) rescale();
@@ -368,7 +370,10 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
     };
     auto step1 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
-      if constexpr (kPair) scores<Tr, 1>(s, smem, q_rope, k_phase);
+      if constexpr (kPair) {
+        named_sync(kTurn, kComputeThreads);
+        scores<Tr, 1>(s, smem, q_rope, k_phase);
+      }
       named_sync(kP0Ready, kComputeThreads);
       if (adopt_reference(Wg1{})) {
         wgmma_wait<0>();
