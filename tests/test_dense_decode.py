@@ -176,6 +176,18 @@ def test_lengths_beyond_the_table(batch_invariant):
         check(decode(on_gpu(beyond), causal, batch_invariant=batch_invariant), beyond, causal=causal)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_nan_in_a_query_stays_in_its_row(batch_invariant):
+    inputs = testing.make_inputs(Case("nan", (2000, 70), h_q=16))
+    inputs.q[0, 0, 3, 100] = np.nan
+    out, lse = map(np.asarray, decode(on_gpu(inputs), batch_invariant=batch_invariant))
+    expected = np.zeros((2, 16), bool)
+    expected[0, 3] = True
+    np.testing.assert_array_equal(np.isnan(lse[..., 0]), expected)
+    np.testing.assert_array_equal(np.isnan(np.float32(out[:, 0])).all(axis=-1), expected)
+    np.testing.assert_array_equal(np.isnan(np.float32(out[:, 0])).any(axis=-1), expected)
+
+
 def test_one_plan_serves_all_layers():
     case = BY_NAME["irregular_128"]
     plan = get_mla_metadata(np.array(case.seqlens, np.int32), 128, 1)
@@ -185,7 +197,7 @@ def test_one_plan_serves_all_layers():
         assert_same_bits(got, decode(inputs))
 
 
-@pytest.mark.parametrize("garbage", ["random", "huge", "negative", "stale"])
+@pytest.mark.parametrize("garbage", ["random", "huge", "negative", "late", "last", "stale"])
 def test_garbage_plans_do_not_crash(garbage):
     """The result is meaningless then, but nothing is read or written out of bounds, and the next call is right."""
     case = BY_NAME["irregular_128"]
@@ -200,6 +212,9 @@ def test_garbage_plans_do_not_crash(garbage):
         metadata, num_splits = np.full_like(metadata, bits.max), np.full_like(num_splits, bits.max)
     elif garbage == "negative":
         metadata, num_splits = np.full_like(metadata, bits.min), np.full_like(num_splits, bits.min)
+    elif garbage in ("late", "last"):  # a first block whose tokens no int32 can count
+        metadata = np.zeros_like(metadata)
+        metadata[:, 1:3] = {"late": 2**25, "last": bits.max}[garbage], case.b
     else:  # the plan of lengths that are no more
         longer = np.full(case.b, 100000, np.int32)
         metadata, num_splits = get_mla_metadata(longer, 128, 1)

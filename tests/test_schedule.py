@@ -247,3 +247,14 @@ def test_kernel_makes_many_plans_at_once(device):
     expected = ops.schedule(lengths, parts=132, batch_invariant=False, implementation="xla")
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+def test_kernel_makes_large_invariant_plans(device):
+    """Nothing limits them but the decode kernel's grid: the planner's shared memory is for the balanced ones."""
+    lengths = jnp.arange(4095, dtype=jnp.int32) % 3000
+    parts = 4095 * MAX_INVARIANT
+    got = ops.schedule(lengths[None], parts=parts, batch_invariant=True, implementation="cuda")
+    expected = ops.schedule(lengths[None], parts=parts, batch_invariant=True, implementation="xla")
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -14,7 +14,7 @@ static ffi::Error ScheduleImpl(Stream stream, ffi::Buffer<ffi::S32> cache_seqlen
   FFI_CHECK(meta[1] >= 1 && meta[2] == kMetadataWidth && splits[1] == lens[1] + 1, "schedule: metadata [n, parts, 8], num_splits [n, b + 1]");
   FFI_CHECK(!batch_invariant || meta[1] == 16 * lens[1], "schedule: a batch-invariant plan has 16 parts per sequence");
   if (lens[0] == 0) return ffi::Error::Success();
-  FFI_CHECK(lens[1] >= 1 && lens[1] <= max_schedule_batch(int(meta[1])), "schedule: b is larger than the planner's shared memory");
+  FFI_CHECK(lens[1] >= 1 && (batch_invariant || lens[1] <= max_schedule_batch(int(meta[1]))), "schedule: b is larger than the planner's shared memory");
   ScheduleParams p{};
   p.cache_seqlens = cache_seqlens.typed_data();
   p.metadata = reinterpret_cast<Part*>(metadata->typed_data());

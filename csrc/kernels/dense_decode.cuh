@@ -57,7 +57,7 @@ struct alignas(1024) Storage {
   uint32_t valid_groups[2];  // bit g: the page of tokens 16g .. 16g+15 of the block exists
   Part part;
   Work work;  // the piece whose Q is in shared memory
-  Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], p_empty[2], q_full, q_empty;
+  Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], q_full, q_empty;
 };
 static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory of an sm_90 CTA");
 
@@ -95,6 +95,7 @@ struct Cta {
     const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
     w.begin = seq == part.begin_seq ? max(part.begin_block, 0) : 0;
     w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;
+    w.begin = min(w.begin, max(w.end, 0));  // a made-up begin_block must not overflow the token count
     const int first = p.num_splits[seq], partials = p.num_splits[seq + 1] - first;
     w.slot = partials > 0 ? first + (seq == part.begin_seq ? part.begin_split : 0) : -1;
     return w;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& k_map, Storage<Tr>& s
     };
 
     Pages pages;
-    if (lane == 0) pages = load_pages(p, w, w.begin + slot, tokens);
+    if (lane == 0 && w.begin + slot < w.end) pages = load_pages(p, w, w.begin + slot, tokens);
     for (int block = w.begin + slot; block < w.end; block += 2) {
       barrier_wait(smem.k_empty[slot][half], k_phase);
       k_phase ^= 1;
@@ -264,7 +265,7 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
   const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])},
             first_token = cta.token_of(0);
-  uint32_t k_phase = 0, p_phase = 1, q_phase = 0;
+  uint32_t k_phase = 0, q_phase = 0;
   float o[128], s[32], reference[2], sum[2], factor[2];
   uint32_t probs[16], q_rope[16];
 
@@ -308,15 +309,15 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       constexpr int kWg = decltype(wg_constant)::value;
       const int tail = w.len - block * kBlockTokens;
       if (tail >= kBlockTokens) return;
+      named_sync(kWarpgroup0 + kWg, kWarpgroup);  // every warp's scores are through with the keys
       clear_rows<Tr>(smem.k[kWg], tail, threadIdx.x % kWarpgroup);
       fence_async_proxy();
       named_sync(kWarpgroup0 + kWg, kWarpgroup);  // our own product reads every thread's zeros
     };
-    // Hands this warpgroup's probabilities and reference to the other one.
+    // Hands this warpgroup's probabilities and reference to the other one. The last ones have been read by then: warpgroup 1 is through with P0 before it
+    // publishes P1, and warpgroup 0 with P1 before it publishes the next P0; between pieces both meet at the row sums.
     auto publish = [&](auto wg_constant) {
       constexpr int kWg = decltype(wg_constant)::value;
-      barrier_wait(smem.p_empty[kWg], p_phase);
-      p_phase ^= 1;
       store_probabilities(smem.p[kWg], warp, lane, probs);
       if ((lane & 3) == 0) {
 #pragma unroll
@@ -365,7 +366,6 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
         wgmma_wait<0>();
         pin(o);
         arrive(smem.k_empty[1][0]);
-        arrive(smem.p_empty[1]);
       }
     };
     auto step1 = [&](int block, auto pair_constant) {
@@ -373,16 +373,16 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       if constexpr (kPair) {
         named_sync(kTurn, kComputeThreads);
         scores<Tr, 1>(s, smem, q_rope, k_phase);
+        k_phase ^= 1;
       }
       named_sync(kP0Ready, kComputeThreads);
       if (adopt_reference(Wg1{})) {
-        wgmma_wait<0>();
+        if constexpr (kPair) wgmma_wait<0>();  // without it ptxas puts one here, and complains
         rescale();
       }
       accumulate<Tr, 1>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
       bool moved = false;
       if constexpr (kPair) {
-        k_phase ^= 1;
         wgmma_wait<1>();  // the scores; the product goes on behind the softmax
         pin(s);
         if (block + 2 >= w.end) release_q();
@@ -400,7 +400,6 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       wgmma_wait<0>();
       pin(o);
       arrive(smem.k_empty[0][1]);
-      arrive(smem.p_empty[0]);
       if constexpr (kPair) {
         publish(Wg1{});
         if (moved) scale_rows(o, factor);
@@ -434,7 +433,7 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
-      const bool any = reference[r] != -INFINITY;  // a row without a key: output 0, lse -inf
+      const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
       const float inverse = any ? 1.f / total : 0.f, lse2 = any ? reference[r] + log2f(total) : -INFINITY;
       const bool writes = index[r] >= 0, writes_lse = writes && wg == 0 && (lane & 3) == 0;
       if (w.slot < 0) {
@@ -466,7 +465,6 @@ __global__ void __launch_bounds__(kThreads, 1) dense_decode_kernel(const __grid_
   }
   if (threadIdx.x < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[threadIdx.x], 1);
   if (threadIdx.x < 4) barrier_init((&smem.k_empty[0][0])[threadIdx.x], 4);
-  if (threadIdx.x < 2) barrier_init(smem.p_empty[threadIdx.x], 4);
   if (threadIdx.x == 0) {
     barrier_init(smem.q_full, kWarpgroup);
     barrier_init(smem.q_empty, 8);

@@ -49,9 +49,12 @@ __device__ __forceinline__ void combine_rows(const DenseDecodeParams& p, int seq
     float top = -INFINITY, sum = 0.f;
     for (int s = lane; s < splits; s += 32) top = fmaxf(top, lse_of[int64_t(s) * total_rows]);
     for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-    for (int s = lane; s < splits; s += 32) sum += top == -INFINITY ? 0.f : exp2_fast(lse_of[int64_t(s) * total_rows] - top);
+    for (int s = lane; s < splits; s += 32) {
+      const float l = lse_of[int64_t(s) * total_rows];
+      sum += l == -INFINITY ? 0.f : exp2_fast(l - top);
+    }
     for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    const float lse = top == -INFINITY ? -INFINITY : top + log2f(sum);
+    const float lse = sum == 0.f ? -INFINITY : top + log2f(sum);
     auto weight = [&](int s) {
       const float l = lse_of[int64_t(s) * total_rows];
       return l == -INFINITY ? 0.f : exp2_fast(l - lse);  // an empty split wrote zeros

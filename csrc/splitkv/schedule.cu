@@ -145,15 +145,18 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     plan_balanced(p, lens, parts, num_splits, shared);
 }
 
+constexpr int kMaxShared = 226 * 1024;  // dynamic; the rest of a CTA's 227 KB is for the scans
+
 size_t shared_bytes(int b, int num_parts) { return size_t(b + num_parts + 3) * sizeof(int) + size_t(num_parts + 1) * sizeof(Boundary); }
 
 }  // namespace
 
-int max_schedule_batch(int num_parts) { return int((226 * 1024 - shared_bytes(0, num_parts)) / sizeof(int)); }
+int max_schedule_batch(int num_parts) { return int((kMaxShared - shared_bytes(0, num_parts)) / sizeof(int)); }
 
 Status run_schedule(const ScheduleParams& p) {
   const size_t smem = p.batch_invariant ? 0 : shared_bytes(p.b, p.num_parts);
-  if (cudaError_t err = cudaFuncSetAttribute(schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem))) return cudaGetErrorString(err);
+  // Always the same limit: another thread may be setting it for another plan.
+  if (cudaError_t err = cudaFuncSetAttribute(schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared)) return cudaGetErrorString(err);
   if (cudaError_t err = launch(schedule_kernel, p.n, kThreads, smem, p.stream, /*overlap=*/false, p)) return cudaGetErrorString(err);
   return nullptr;
 }
