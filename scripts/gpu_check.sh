@@ -76,7 +76,7 @@ fi
 echo
 cat "$out/main.log" 2>/dev/null
 echo
-grep '^|' "$out/bench.log" 2>/dev/null
+grep -E '^([|]|get_mla)' "$out/bench.log" 2>/dev/null
 echo
 printf '%-12s %s\n' step result
 for i in "${!names[@]}"; do printf '%-12s %s\n' "${names[$i]}" "${results[$i]}"; done
