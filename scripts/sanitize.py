@@ -19,9 +19,8 @@ import jax
 import numpy as np
 
 from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, testing
-from jax_flashmla.cases import Case
+from jax_flashmla.cases import EDGES, Case
 
-EDGES = (0, 1, 63, 64, 65, 140)
 CASES = (
     Case("edges", EDGES, s_q=2, causal=True),
     Case("split", (1500, 0, 700), h_q=16),

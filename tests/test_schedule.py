@@ -153,7 +153,7 @@ def test_plan(lengths, parts):
 
 @pytest.mark.parametrize("lengths", huge.values(), ids=huge.keys())
 def test_huge_lengths_do_not_overflow(lengths):
-    """Balance is lost beyond 2**30 blocks in all, coverage never: the last split runs to the true end."""
+    """Balance is lost beyond 2**29 blocks in all, coverage never: the last split runs to the true end."""
     metadata, num_splits = plan(lengths, 132)
     expected, expected_splits = sequential_plan(lengths, 132)
     np.testing.assert_array_equal(metadata, expected)

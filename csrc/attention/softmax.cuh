@@ -16,6 +16,9 @@ namespace jax_flashmla {
 // fp16 and float32.
 inline constexpr float kReferenceSlack = 8.f;
 
+// Scores come and lse goes in base e.
+inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -12,7 +12,7 @@ static ffi::Error ScheduleImpl(Stream stream, ffi::Buffer<ffi::S32> cache_seqlen
   FFI_CHECK(lens.size() == 2 && meta.size() == 3 && splits.size() == 2, "schedule: cache_seqlens [n, b], metadata [n, parts, 8], num_splits [n, b + 1]");
   FFI_CHECK(meta[0] == lens[0] && splits[0] == lens[0], "schedule: all operands need the same leading size");
   FFI_CHECK(meta[1] >= 1 && meta[2] == kMetadataWidth && splits[1] == lens[1] + 1, "schedule: metadata [n, parts, 8], num_splits [n, b + 1]");
-  FFI_CHECK(!batch_invariant || meta[1] == 16 * lens[1], "schedule: a batch-invariant plan has 16 parts per sequence");
+  FFI_CHECK(!batch_invariant || meta[1] == kMaxInvariantSplits * lens[1], "schedule: a batch-invariant plan has 16 parts per sequence");
   if (lens[0] == 0) return ffi::Error::Success();
   FFI_CHECK(lens[1] >= 1 && (batch_invariant || lens[1] <= max_schedule_batch(int(meta[1]))), "schedule: b is larger than the planner's shared memory");
   ScheduleParams p{};

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "hopper/barrier.cuh"
+
 namespace jax_flashmla {
 
 // A kernel launched with `overlap` may start before its predecessor in the stream ends: it waits here until that one's writes are visible. Every CTA
@@ -15,8 +17,7 @@ __device__ __forceinline__ void let_successor_start() { asm volatile("griddepcon
 
 // cp.async: 16 bytes from global to shared memory, zeros when !valid (the source is then not read).
 __device__ __forceinline__ void copy_async_16(void* dst, const void* src, bool valid) {
-  const uint32_t d = static_cast<uint32_t>(__cvta_generic_to_shared(dst));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(d), "l"(src), "r"(valid ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(dst)), "l"(src), "r"(valid ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

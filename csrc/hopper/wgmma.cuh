@@ -8,6 +8,8 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
+#include "hopper/barrier.cuh"
+
 namespace jax_flashmla {
 
 namespace gmma = cute::SM90::GMMA;
@@ -70,8 +72,7 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
 // rows is +128.
 inline constexpr int kSubTileBytes = 64 * 128;
 __device__ __forceinline__ uint64_t smem_desc(const void* tile, uint32_t leading = 16) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
-  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(1024 >> 4) << 32 | 1ull << 62;
+  return uint64_t((smem_address(tile) & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(1024 >> 4) << 32 | 1ull << 62;
 }
 
 }  // namespace jax_flashmla

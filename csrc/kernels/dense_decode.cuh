@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "attention/fragment.cuh"
 #include "attention/softmax.cuh"
@@ -65,7 +66,7 @@ static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory
 __device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
   Part part = p.metadata[blockIdx.z];
   part.begin_seq = max(part.begin_seq, 0);
-  if (part.end_seq < 0 || part.end_seq >= p.b) part.end_seq = part.end_seq < 0 ? 0 : p.b, part.end_block = 0;
+  if (static_cast<unsigned>(part.end_seq) >= static_cast<unsigned>(p.b)) part.end_seq = min(max(part.end_seq, 0), p.b), part.end_block = 0;
   return part;
 }
 
@@ -261,7 +262,7 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
   using T = typename Tr::T;
   const DenseDecodeParams& p = cta.p;
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
-  const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * 1.4426950408889634f;
+  const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
   const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])},
             first_token = cta.token_of(0);
@@ -440,7 +441,7 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
         T* out = static_cast<T*>(p.out) + (cta.first_index(seq) + index[r]) * kDv + wg * (kDv / 2);
         store_row(out, o, r, inverse, lane, writes);
         const int head = index[r] - token[r] * p.h_q;
-        if (writes_lse) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token[r]] = lse2 * 0.6931471805599453f;
+        if (writes_lse) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token[r]] = lse2 * kLn2;
       } else if (w.slot < p.slots) {
         const int64_t at = (int64_t(w.slot) * p.h_kv + cta.kv_head()) * p.rows + cta.row0() + tile_row[r];
         store_row(p.partial_out + at * kDv + wg * (kDv / 2), o, r, inverse, lane, writes);

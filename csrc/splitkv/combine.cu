@@ -91,7 +91,7 @@ __device__ __forceinline__ void combine_rows(const DenseDecodeParams& p, int seq
     auto* out = reinterpret_cast<uint2*>(static_cast<T*>(p.out) + ((int64_t(seq) * p.s_q + token) * p.h_q + head) * kDv) + lane;
 #pragma unroll
     for (int c = 0; c < kPerWarp; ++c) out[(chunk0 + c) * (kChunk / 4)] = make_uint2(pack<T>(acc[c].x, acc[c].y), pack<T>(acc[c].z, acc[c].w));
-    if (chunk0 == 0 && lane == 0) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = lse * 0.6931471805599453f;
+    if (chunk0 == 0 && lane == 0) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = lse * kLn2;
   }
 }
 

@@ -5,8 +5,6 @@
 // boundaries inside it by binary search over those: no loop is longer than b / 1024 or log2. Where whole sequences balance nearly as well, none is split.
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-
 #include "hopper/launch.cuh"
 #include "splitkv/schedule.h"
 
@@ -18,7 +16,6 @@ constexpr int kSequenceOverhead = 5;    // what a piece costs besides its blocks
 constexpr int kSplitPenalty = 6;        // blocks; what partial results and merging them cost the whole batch
 constexpr int kMinSplit = 4;            // blocks; a shorter piece writes more partial output than it reads keys
 constexpr int kMinInvariantSplit = 16;  // batch-invariant plans: the length alone decides
-constexpr int kMaxInvariantSplits = 16;
 
 struct Boundary {
   int seq, block;
@@ -42,6 +39,16 @@ __device__ __forceinline__ int first_index(int n, Reached reached) {
   return low;
 }
 
+// The sum over this lane and those below.
+__device__ __forceinline__ int warp_scan(int value) {
+  const int lane = threadIdx.x & 31;
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(~0u, value, d);
+    if (lane >= d) value += other;
+  }
+  return value;
+}
+
 // prefix[i] = sum of value(0 .. i-1) for i = 0 .. n. Every thread owns a contiguous run; all must call.
 template <class Value, class Store>
 __device__ void exclusive_scan(int n, Value value, Store store) {
@@ -50,21 +57,10 @@ __device__ void exclusive_scan(int n, Value value, Store store) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int own = 0;
   for (int i = begin; i < end; ++i) own += value(i);
-  int inclusive = own;
-  for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(~0u, inclusive, d);
-    if (lane >= d) inclusive += other;
-  }
+  const int inclusive = warp_scan(own);
   if (lane == 31) warp_sum[warp] = inclusive;
   __syncthreads();
-  if (warp == 0) {
-    int sum = warp_sum[lane];
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(~0u, sum, d);
-      if (lane >= d) sum += other;
-    }
-    warp_sum[lane] = sum;
-  }
+  if (warp == 0) warp_sum[lane] = warp_scan(warp_sum[lane]);
   __syncthreads();
   int running = inclusive - own + (warp ? warp_sum[warp - 1] : 0);
   for (int i = begin; i < end; ++i) {
