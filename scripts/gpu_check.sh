@@ -57,7 +57,7 @@ sanitize() {
 if step install install; then
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
   step main "$python" -P -m jax_flashmla --implementation cuda
-  xdist=$("$python" -c 'import importlib.util as u; print("-n 4" if u.find_spec("xdist") else "")')
+  xdist=$("$python" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
   # shellcheck disable=SC2086  # $xdist is two words or none
   step tests "$python" -P -m pytest -q -m gpu $xdist -p no:cacheprovider tests
   if command -v compute-sanitizer >/dev/null; then
