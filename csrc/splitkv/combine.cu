@@ -97,8 +97,8 @@ __device__ __forceinline__ void combine_rows(const DenseDecodeParams& p, int seq
 
 template <class T, int kPerWarp>
 __global__ void __launch_bounds__(kWarps * 32) combine_kernel(const __grid_constant__ DenseDecodeParams p, int sequences, int rows_per_job) {
-  // Every CTA waits, also where there is nothing to merge: whoever comes next in the stream relies on this kernel's end being the decode kernel's end.
   wait_for_predecessor();
+  let_successor_start();
   if (p.num_splits[p.b] == 0) return;  // nothing was split
   constexpr int kColumnJobs = kChunks / kPerWarp;
   const int row_jobs = (p.h_kv * p.rows + rows_per_job - 1) / rows_per_job;
@@ -122,7 +122,7 @@ cudaError_t launch_combine(const DenseDecodeParams& p) {
   const int rows_per_job = thin ? 1 : kWarps;
   const int64_t jobs = int64_t(sequences) * ((total_rows + rows_per_job - 1) / rows_per_job) * (thin ? kChunks : 1);
   const auto kernel = thin ? combine_kernel<T, 1> : combine_kernel<T, kChunks>;
-  return launch(kernel, unsigned(std::min<int64_t>(jobs, kMaxCtas)), kWarps * 32, 0, p.stream, /*overlap=*/true, p, sequences, rows_per_job);
+  return launch(kernel, unsigned(std::min<int64_t>(jobs, kMaxCtas)), kWarps * 32, 0, p.stream, p, sequences, rows_per_job);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The split-KV schedule: cuts the KV blocks of a batch into `num_parts` parts of about equal cost. The integers are those of
 // jax_flashmla/reference.py, which tells the rule in words.
 //
-// One CTA per plan. Costs are prefix-summed into shared memory; every part then finds its own boundary by binary search, and every sequence counts the
-// boundaries inside it by binary search over those: no loop is longer than b / 1024 or log2. Where whole sequences balance nearly as well, none is split.
+// One CTA per plan. Costs are prefix-summed into shared memory; every part then finds its own boundary by binary search: no loop is longer than b / 1024
+// or log2. Where whole sequences balance nearly as well, none is split.
 #include <cuda_runtime_api.h>
 
 #include "hopper/launch.cuh"
@@ -19,7 +19,6 @@ constexpr int kMinInvariantSplit = 16;  // batch-invariant plans: the length alo
 
 struct Boundary {
   int seq, block;
-  __device__ bool before(int s, int b) const { return seq < s || (seq == s && block < b); }
 };
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -49,25 +48,21 @@ __device__ __forceinline__ int warp_scan(int value) {
   return value;
 }
 
-// prefix[i] = sum of value(0 .. i-1) for i = 0 .. n. Every thread owns a contiguous run; all must call.
+// store(i, sum of value(0 .. i-1)) for i = 0 .. n. All threads must call.
 template <class Value, class Store>
 __device__ void exclusive_scan(int n, Value value, Store store) {
-  __shared__ int warp_sum[kThreads / 32];
-  const int per_thread = ceil_div(n, kThreads), begin = min(int(threadIdx.x) * per_thread, n), end = min(begin + per_thread, n);
+  __shared__ int warp_sum[2][kThreads / 32];
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  int own = 0;
-  for (int i = begin; i < end; ++i) own += value(i);
-  const int inclusive = warp_scan(own);
-  if (lane == 31) warp_sum[warp] = inclusive;
-  __syncthreads();
-  if (warp == 0) warp_sum[lane] = warp_scan(warp_sum[lane]);
-  __syncthreads();
-  int running = inclusive - own + (warp ? warp_sum[warp - 1] : 0);
-  for (int i = begin; i < end; ++i) {
-    store(i, running);
-    running += value(i);
+  int before = 0;
+  for (int base = 0, turn = 0; base < n; base += kThreads, turn ^= 1) {
+    const int i = base + int(threadIdx.x), own = i < n ? value(i) : 0, inclusive = warp_scan(own);
+    if (lane == 31) warp_sum[turn][warp] = inclusive;
+    __syncthreads();
+    const int warps = warp_scan(warp_sum[turn][lane]), below = __shfl_sync(~0u, warps, max(warp - 1, 0));
+    if (i < n) store(i, before + (warp ? below : 0) + inclusive - own);
+    before += __shfl_sync(~0u, warps, 31);
   }
-  if (threadIdx.x == 0) store(n, warp_sum[kThreads / 32 - 1]);
+  if (threadIdx.x == 0) store(n, before);
   __syncthreads();
 }
 
@@ -85,53 +80,60 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
   int* prefix = shared;                                                                           // [b + 1] cost before each sequence
   int* whole = prefix + p.b + 1;                                                                  // [num_parts + 1] the cuts that split nothing
   auto* bounds = reinterpret_cast<Boundary*>(whole + p.num_parts + 1 + (p.b + p.num_parts) % 2);  // [num_parts + 1], on 8 bytes
-  __shared__ int longest;                                                                         // part when nothing is split
   const int cap = (1 << 29) / p.b;  // keeps the sums in 32 bits; the last split of a sequence runs to its true end in any case
-  auto blocks = [&](int i) { return min(blocks_of(lens[i]), cap); };
-  if (threadIdx.x == 0) longest = 0;
-  exclusive_scan(p.b, [&](int i) { return blocks(i) + kSequenceOverhead; }, [&](int i, int v) { prefix[i] = v; });
+  exclusive_scan(p.b, [&](int i) { return min(blocks_of(lens[i]), cap) + kSequenceOverhead; }, [&](int i, int v) { prefix[i] = v; });
 
   const int total = prefix[p.b], extra = (p.num_parts - 1) * kSequenceOverhead, share = ceil_div(total, p.num_parts);
   const int step = max(ceil_div(total + extra, p.num_parts) - kSequenceOverhead, kMinSplit);
-  for (int part = threadIdx.x; part <= p.num_parts; part += kThreads) {
-    // Without splits: a sequence belongs to the share that its middle falls into.
-    const int x = min(part * share, total);
-    whole[part] = part == p.num_parts ? p.b : first_index(p.b, [&](int i) { return prefix[i] + prefix[i + 1] > 2 * x; });
-    // With splits: equal steps, but no piece shorter than the minimum.
-    const int cut = part == 0 ? 0 : part == p.num_parts ? total : min(part * step + kSequenceOverhead, total);
-    const int seq = first_index(p.b, [&](int i) { return prefix[i + 1] > cut; });
-    Boundary bound{seq, 0};
-    if (seq < p.b) {
-      const int offset = cut - prefix[seq] - kSequenceOverhead, block = offset & ~1;  // blocks are worked on in pairs
-      const int rest = prefix[seq + 1] - prefix[seq] - kSequenceOverhead - block;
-      if (offset >= kMinSplit && block >= kMinSplit) bound = rest < kMinSplit ? Boundary{seq + 1, 0} : Boundary{seq, block};
+  const int jobs = ceil_div(p.num_parts + 1, 32) * 32;  // whole warps for either kind
+  for (int job = threadIdx.x; job < 2 * jobs; job += kThreads) {
+    const int part = job % jobs;
+    if (part > p.num_parts) continue;
+    if (job >= jobs) {  // without splits: a sequence belongs to the share that its middle falls into
+      const int x = min(part * share, total);
+      whole[part] = part == p.num_parts ? p.b : first_index(p.b, [&](int i) { return prefix[i] + prefix[i + 1] > 2 * x; });
+    } else {  // with splits: equal steps, but no piece shorter than the minimum
+      const int cut = part == 0 ? 0 : part == p.num_parts ? total : min(part * step + kSequenceOverhead, total);
+      const int seq = first_index(p.b, [&](int i) { return prefix[i + 1] > cut; });
+      Boundary bound{seq, 0};
+      if (seq < p.b) {
+        const int offset = cut - prefix[seq] - kSequenceOverhead, block = offset & ~1;  // blocks are worked on in pairs
+        const int rest = prefix[seq + 1] - prefix[seq] - kSequenceOverhead - block;
+        if (offset >= kMinSplit && block >= kMinSplit) bound = rest < kMinSplit ? Boundary{seq + 1, 0} : Boundary{seq, block};
+      }
+      bounds[part] = bound;
     }
-    bounds[part] = bound;
   }
   __syncthreads();
-  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) atomicMax(&longest, prefix[whole[part + 1]] - prefix[whole[part]]);
-  __syncthreads();
-  if (longest <= step + kSequenceOverhead + kSplitPenalty)
-    for (int part = threadIdx.x; part <= p.num_parts; part += kThreads) bounds[part] = {whole[part], 0};
-  __syncthreads();
+  bool unbalanced = false;
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
+    unbalanced |= prefix[whole[part + 1]] - prefix[whole[part]] > step + kSequenceOverhead + kSplitPenalty;
+  const bool split = __syncthreads_or(unbalanced);
 
-  // The number of boundaries before (seq, block).
-  auto boundaries_before = [&](int seq, int block) { return first_index(p.num_parts + 1, [&](int i) { return !bounds[i].before(seq, block); }); };
+  // The boundaries inside a sequence are neighbours. The first of them notes its part; the last, later, how many pieces they make.
+  int* pieces = prefix;  // [b + 1], no longer needed as costs
+  auto boundary = [&](int part) { return split ? bounds[part] : Boundary{whole[part], 0}; };
+  auto same = [&](int part, int other) { return boundary(other).block > 0 && boundary(other).seq == boundary(part).seq; };
+  for (int i = threadIdx.x; i < p.b; i += kThreads) pieces[i] = 0;
+  __syncthreads();
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
+    if (boundary(part).block && !same(part, part - 1)) pieces[boundary(part).seq] = part;
+  __syncthreads();
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
-    const Boundary begin = bounds[part], end = bounds[part + 1];
-    parts[part] = {begin.seq, begin.block, end.seq, end.block, begin.block ? part + 1 - boundaries_before(begin.seq, 1) : 0};
+    const Boundary begin = boundary(part), end = boundary(part + 1);
+    parts[part] = {begin.seq, begin.block, end.seq, end.block, begin.block ? part + 1 - pieces[begin.seq] : 0};
   }
-  exclusive_scan(
-      p.b,
-      [&](int i) {
-        const int inside = boundaries_before(i + 1, 0) - boundaries_before(i, 1);
-        return inside ? inside + 1 : 0;
-      },
-      [&](int i, int v) { num_splits[i] = v; });
+  __syncthreads();
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
+    if (boundary(part).block && !same(part, part + 1)) pieces[boundary(part).seq] = part + 2 - pieces[boundary(part).seq];
+  __syncthreads();
+  exclusive_scan(p.b, [&](int i) { return pieces[i]; }, [&](int i, int v) { num_splits[i] = v; });
 }
 
 __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constant__ ScheduleParams p) {
   extern __shared__ int shared[];
+  wait_for_predecessor();
+  let_successor_start();
   const int* lens = p.cache_seqlens + int64_t(blockIdx.x) * p.b;
   Part* parts = p.metadata + int64_t(blockIdx.x) * p.num_parts;
   int* num_splits = p.num_splits + int64_t(blockIdx.x) * (p.b + 1);
@@ -153,7 +155,7 @@ Status run_schedule(const ScheduleParams& p) {
   const size_t smem = p.batch_invariant ? 0 : shared_bytes(p.b, p.num_parts);
   // Always the same limit: another thread may be setting it for another plan.
   if (cudaError_t err = cudaFuncSetAttribute(schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared)) return cudaGetErrorString(err);
-  if (cudaError_t err = launch(schedule_kernel, p.n, kThreads, smem, p.stream, /*overlap=*/false, p)) return cudaGetErrorString(err);
+  if (cudaError_t err = launch(schedule_kernel, p.n, kThreads, smem, p.stream, p)) return cudaGetErrorString(err);
   return nullptr;
 }
 
