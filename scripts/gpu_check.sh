@@ -59,7 +59,7 @@ if step install install; then
   step main "$python" -P -m jax_flashmla --implementation cuda
   xdist=$("$python" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
   # shellcheck disable=SC2086  # $xdist is two words or none
-  step tests "$python" -P -m pytest -q -m gpu $xdist -p no:cacheprovider tests
+  step tests "$python" -P -m pytest -q -m gpu $xdist -p no:cacheprovider -p no:benchmark tests
   if command -v compute-sanitizer >/dev/null; then
     step memcheck sanitize memcheck
     if [ "$quick" != --quick ]; then

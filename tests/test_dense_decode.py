@@ -283,7 +283,7 @@ def test_command_buffers(tmp_path):
         flags = f"{os.environ['XLA_FLAGS']} {flags} --xla_dump_to={dump} --xla_dump_hlo_as_text"
         python_path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
         environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": python_path}
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        subprocess.run([sys.executable, "-P", "-c", code], check=True, env=environment)
         bits.append(path.read_bytes())
         # Which of the two XLA writes depends on whether its version forms graphs from HLO or from thunks.
         dumps = [file.read_text(errors="ignore") for file in dump.glob("*jit_chain*.txt")]
