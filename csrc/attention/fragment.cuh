@@ -8,53 +8,63 @@
 
 namespace jax_flashmla {
 
-// Writes this warp's 16 rows of packed probabilities into a 64x64 tile with 128-byte swizzle: the A operand of a product in the other warpgroup.
-__device__ __forceinline__ void store_probabilities(void* tile, int warp, int lane, const uint32_t (&p)[16]) {
+// Writes 16 columns of this warp's 16 rows, an A operand of a product, into a 64x64 tile with 128-byte swizzle.
+__device__ __forceinline__ void store_fragment(void* tile, int warp, int lane, int k, const uint32_t* p) {
   const int row = 16 * warp + (lane & 15), half = lane >> 4;
-  const uint32_t address = smem_address(tile) + row * 128;
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(tile) + row * 128 + (((2 * k + half) ^ (row & 7)) << 4)),
+               "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3])
+               : "memory");
+}
+// All 64 columns: the A operand of a product in the other warpgroup.
+__device__ __forceinline__ void store_probabilities(void* tile, int warp, int lane, const uint32_t (&p)[16]) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k)
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address + (((2 * k + half) ^ (row & 7)) << 4)), "r"(p[4 * k]),
-                 "r"(p[4 * k + 1]), "r"(p[4 * k + 2]), "r"(p[4 * k + 3])
-                 : "memory");
+  for (int k = 0; k < 4; ++k) store_fragment(tile, warp, lane, k, p + 4 * k);
 }
 
-// Transposes 4x4 words over the four lanes of a quad: lane q ends with word q of every lane.
-__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4], int q) {
+// Writes this warp's 16 rows of an output half (64x256, times factor[r]) through its 2 KB of a tile in shared memory, so that every store is 128 contiguous
+// bytes of a row. index_of(i) is the row of `out` that row i of the 16 goes to, -1 for none; all lanes must call.
+template <class T, class IndexOf>
+__device__ __forceinline__ void store_rows(T* out, int stride, void* tile, int warp, const float (&o)[128], const float (&factor)[2], IndexOf index_of) {
+  constexpr int kColumns = 128 / sizeof(T);
+  int lane;  // read again, so that the compiler does not carry the addresses below in registers through the main loop
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  const uint32_t own = smem_address(tile) + warp * 2048;
+  int index[4];
 #pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = q & step;
+  for (int j = 0; j < 4; ++j) index[j] = index_of(4 * j + lane / 8);
+  out += (lane & 7) * (16 / sizeof(T));
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int low = step == 1 ? 2 * k : k, high = low + step;
-      const uint32_t got = __shfl_xor_sync(~0u, upper ? v[low] : v[high], step);
-      (upper ? v[low] : v[high]) = got;
+  for (int c = 0; c < 256 / kColumns; ++c) {
+    const float* part = o + c * (kColumns / 2);
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = pack<T>(part[8 * k + 2 * i] * factor[i & 1], part[8 * k + 2 * i + 1] * factor[i & 1]);
+        store_fragment(tile, warp, lane, k, words);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = lane / 4 + 8 * r, chunk = (2 * i + (lane >> 1 & 1)) ^ (2 * row & 6);
+          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(own + row * 128 + chunk * 16 + (lane & 1) * 8), "f"(part[4 * i + 2 * r] * factor[r]),
+                       "f"(part[4 * i + 2 * r + 1] * factor[r])
+                       : "memory");
+        }
     }
-  }
-}
-
-// One row of an output half, 256 columns over a quad, in T: four 8-column groups at a time, so that each lane writes 16 bytes and a quad 64.
-template <class T>
-__device__ __forceinline__ void store_row(T* row, const float (&o)[128], int r, float factor, int lane, bool valid) {
-  const int q = lane & 3;
+    __syncwarp();
 #pragma unroll
-  for (int group = 0; group < 8; ++group) {
-    uint32_t v[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int i = 4 * (4 * group + k) + 2 * r;
-      v[k] = pack<T>(o[i] * factor, o[i + 1] * factor);
+    for (int j = 0; j < 4; ++j) {
+      const int row = 4 * j + lane / 8, chunk = (lane & 7) ^ (sizeof(T) == 2 ? row & 7 : 2 * row & 6);
+      uint4 v;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(own + row * 128 + chunk * 16) : "memory");
+      if (index[j] >= 0) *reinterpret_cast<uint4*>(out + int64_t(index[j]) * stride + c * kColumns) = v;
     }
-    quad_transpose(v, q);
-    if (valid) *reinterpret_cast<uint4*>(row + (4 * group + q) * 8) = make_uint4(v[0], v[1], v[2], v[3]);
+    __syncwarp();
   }
-}
-
-// The same in float32: a quad writes a full 32-byte sector as it is.
-__device__ __forceinline__ void store_row(float* row, const float (&o)[128], int r, float factor, int lane, bool valid) {
-  if (!valid) return;
-#pragma unroll
-  for (int i = 0; i < 32; ++i) *reinterpret_cast<float2*>(row + 8 * i + 2 * (lane & 3)) = make_float2(o[4 * i + 2 * r] * factor, o[4 * i + 2 * r + 1] * factor);
 }
 
 // The 16-row slice of a warp of A[64, 64] as register operand, straight from global memory; rows without a pointer are zero.

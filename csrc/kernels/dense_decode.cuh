@@ -7,7 +7,7 @@
 //
 //   warpgroup 0   block 2j:   S0 = Q.K0, P0 = softmax -> smem | O[:, :256] += P0.V0 (registers) | O[:, :256] += P1.V1 (smem)
 //   warpgroup 1   block 2j+1: S1 = Q.K1                       | O[:, 256:] += P0.V0 (smem) | P1 -> smem | O[:, 256:] += P1.V1 (registers)
-//   warpgroup 2   four producer warps, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also copies Q.
+//   warpgroup 2   four producer threads, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also load Q.
 //
 // Shared memory (231,424 of 232,448 bytes): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The rope
 // part of Q (a 64x64 tile) lives in registers of both compute warpgroups: it would not fit.
@@ -45,7 +45,8 @@ struct Work {
 };
 
 constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
-enum NamedBarrier { kP0Ready = 1, kP1Ready, kTurn, kRowSums, kWarpgroup0, kWarpgroup1 };
+constexpr int kComputeRegisters = 224, kProducerRegisters = 56;
+enum NamedBarrier { kStart = 1, kP0Ready, kP1Ready, kTurn, kRowSums, kWarpgroup0, kWarpgroup1 };
 
 template <class Tr>
 struct alignas(1024) Storage {
@@ -70,7 +71,7 @@ __device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
   return part;
 }
 
-// What a CTA is: its row tile, KV head and part. The part stays in shared memory: in registers it would be spilled by the producer's small budget.
+// What a CTA is: its row tile, KV head and part.
 struct Cta {
   const DenseDecodeParams& p;
   const Part& part;
@@ -103,27 +104,9 @@ struct Cta {
   }
 };
 
-// ---- producer warps -----------------------------------------------------------------------------------------------------------------------------
+// ---- producer threads ---------------------------------------------------------------------------------------------------------------------------
 
-// Starts copying this warp's 16 rows of Q (without rope) into the swizzled sub-tiles. Lane i < 16 brings the index of row i.
-template <class Tr>
-__device__ __forceinline__ void copy_q(const Cta& cta, Storage<Tr>& smem, int seq, int row_index, int warp, int lane) {
-  using T = typename Tr::T;
-  const T* q = static_cast<const T*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk;
-  char* tiles = reinterpret_cast<char*>(smem.q);
-#pragma unroll 4
-  for (int i = 0; i < 16; ++i) {
-    const int row = 16 * warp + i, index = __shfl_sync(~0u, row_index, i);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int chunk = lane + 32 * half;  // of 16 bytes
-      copy_async_16(tiles + (chunk / 8) * kSubTileBytes + row * 128 + (((chunk & 7) ^ (row & 7)) << 4), q + int64_t(max(index, 0)) * cta.p.d_qk + chunk * 8,
-                    index >= 0);
-    }
-  }
-}
-
-// The pages of a block, one per copy; -1 where there is none: past the length (the table is not read there) or not in the pool.
+// The pages of a block, one per copy; -1 where there is none: past the length or not in the pool.
 struct Pages {
   int id[4];
   uint32_t valid_groups;
@@ -131,70 +114,89 @@ struct Pages {
 __device__ __forceinline__ Pages load_pages(const DenseDecodeParams& p, const Work& w, int block, int tokens) {
   Pages pages{{-1, -1, -1, -1}, 0};
   const int page_bits = __ffs(p.page_size) - 1;  // page sizes are powers of two
+  const int* table = p.block_table + int64_t(w.seq) * p.max_pages;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    const int token = block * kBlockTokens + c * tokens;
+    const int token = block * kBlockTokens + c * tokens, column = token >> page_bits;
     if (c * tokens < kBlockTokens) {
-      if (token < w.len) {
-        const int page = p.block_table[int64_t(w.seq) * p.max_pages + (token >> page_bits)];
-        if (static_cast<unsigned>(page) < static_cast<unsigned>(p.num_pages)) pages.id[c] = page;
-      }
+      // Does not wait for the length: an entry past it holds anything, and is not looked at.
+      const int page = column < p.max_pages ? table[column] : -1;
+      if (token < w.len && static_cast<unsigned>(page) < static_cast<unsigned>(p.num_pages)) pages.id[c] = page;
       if (pages.id[c] >= 0 || token >= w.len) pages.valid_groups |= ((1u << tokens / 16) - 1) << (c * tokens / 16);
     }
   }
   return pages;
 }
 
+// Rows of one KV head that lie one after the other in q: all of a sequence's where there is one head, else some of a token's.
+__host__ __device__ inline int q_box_rows(const DenseDecodeParams& p) {
+  int rows = kRowTile;
+  while (p.h_kv > 1 && p.group % rows != 0) rows /= 2;
+  return rows;
+}
+
+// Sub-tile t of Q (without rope). Rows past the end of the sequence lie outside of the map and become zeros.
 template <class Tr>
-__device__ __forceinline__ void produce(const CUtensorMap& k_map, Storage<Tr>& smem, const Cta& cta, int warp, int lane) {
-  const DenseDecodeParams& p = cta.p;
+__device__ __forceinline__ void load_q(const CUtensorMap& q_map, Storage<Tr>& smem, const Cta& cta, int seq, int t) {
+  const int box = q_box_rows(cta.p);
+  for (int i = 0; i < kRowTile; i += box) {
+    const int row = cta.row0() + i, token = cta.p.h_kv > 1 ? row / cta.p.group : 0;
+    tma_load(q_map, smem.q_full, smem.q[t] + i * 64, t * 64, row - token * cta.p.group, cta.kv_head(), token, seq);
+  }
+}
+
+template <class Tr>
+__device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensorMap& k_map, const DenseDecodeParams& p, Storage<Tr>& smem, int warp, int lane) {
   const int slot = warp >> 1, half = warp & 1;
   const bool own = slot == half;                      // the output half of the warpgroup that computes this slot's scores; takes the rope sub-tile too
   const int tokens = min(p.page_size, kBlockTokens);  // a copy stays within a page
-  const int row_index = cta.index_of(16 * warp + (lane & 15));
-  uint32_t k_phase = 1, q_phase = 1;
+  // The longest chain of loads at the start of a CTA: part, then length and pages, then keys. Runs ahead of the set-up of the barriers.
+  wait_for_predecessor();
+  const Part part = load_part(p);
+  const Cta cta{p, part};
+  if (warp == 0 && lane == 0) smem.part = part;
+  Work w;
+  Pages pages;
+  auto prepare = [&](int seq) {
+    w = cta.work(seq);
+    pages = load_pages(p, w, w.begin + slot, tokens);
+  };
+  if (part.begin_seq <= cta.last_seq()) prepare(part.begin_seq);
+  __syncwarp();  // the compiler gives the loads above to lane 0 alone
+  named_sync(kStart, kThreads);
+  cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+  if (lane != 0) return;
 
-  for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
+  uint32_t k_phase = 1, q_phase = 1;
+  for (int seq = part.begin_seq; seq <= cta.last_seq(); ++seq) {
+    if (seq > part.begin_seq) prepare(seq);
     barrier_wait(smem.q_empty, q_phase);
     q_phase ^= 1;
-    copy_q<Tr>(cta, smem, seq, row_index, warp, lane);  // before anything is known of the piece: it may turn out to be empty
-    const Work w = cta.work(seq);
-    if (threadIdx.x == kComputeThreads) smem.work = w;
-    bool q_pending = true;
-    auto finish_q = [&] {
-      copy_async_wait();
-      fence_async_proxy();
-      barrier_arrive(smem.q_full);
-      q_pending = false;
-    };
+    if (warp == 0) smem.work = w;  // published by the barrier
+    barrier_expect(smem.q_full, 2 * kSubTileBytes);
+#pragma unroll
+    for (int t = 2 * warp; t < 2 * warp + 2; ++t) load_q<Tr>(q_map, smem, cta, seq, t);
 
-    Pages pages;
-    if (lane == 0 && w.begin + slot < w.end) pages = load_pages(p, w, w.begin + slot, tokens);
     for (int block = w.begin + slot; block < w.end; block += 2) {
       barrier_wait(smem.k_empty[slot][half], k_phase);
       k_phase ^= 1;
-      if (lane == 0) {
-        if (own) smem.valid_groups[slot] = pages.valid_groups;  // published by the barriers below
-        // A page of -1 lies outside of the map: zeros are written, and count as bytes.
-        auto load = [&](int t) {
-          barrier_expect(smem.k_full[slot][t], kSubTileBytes);
-          if (tokens == kBlockTokens) {
-            tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t], t * 64, cta.kv_head(), block * kBlockTokens & (p.page_size - 1), pages.id[0]);
-          } else {
+      if (own) smem.valid_groups[slot] = pages.valid_groups;  // published by the barriers below
+      // A page of -1 lies outside of the map: zeros are written, and count as bytes.
+      auto load = [&](int t) {
+        barrier_expect(smem.k_full[slot][t], kSubTileBytes);
+        if (tokens == kBlockTokens) {
+          tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t], t * 64, cta.kv_head(), block * kBlockTokens & (p.page_size - 1), pages.id[0]);
+        } else {
 #pragma unroll
-            for (int c = 0; c < 4; ++c)
-              if (c * tokens < kBlockTokens) tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t] + c * tokens * 64, t * 64, cta.kv_head(), 0, pages.id[c]);
-          }
-        };
+          for (int c = 0; c < 4; ++c)
+            if (c * tokens < kBlockTokens) tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t] + c * tokens * 64, t * 64, cta.kv_head(), 0, pages.id[c]);
+        }
+      };
 #pragma unroll 1
-        for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load(t);
-        if (Tr::kRope && own) load(Tr::kSubTiles - 1);
-      }
-      __syncwarp();
-      if (q_pending) finish_q();
-      if (lane == 0 && block + 2 < w.end) pages = load_pages(p, w, block + 2, tokens);
+      for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load(t);
+      if (Tr::kRope && own) load(Tr::kSubTiles - 1);
+      if (block + 2 < w.end) pages = load_pages(p, w, block + 2, tokens);
     }
-    if (q_pending) finish_q();
   }
 }
 
@@ -258,9 +260,12 @@ __device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta
 }
 
 template <class Tr>
-__device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int wg, int warp, int lane) {
+__device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>& smem, int wg, int warp, int lane) {
   using T = typename Tr::T;
-  const DenseDecodeParams& p = cta.p;
+  wait_for_predecessor();
+  named_sync(kStart, kThreads);
+  cutlass::arch::warpgroup_reg_alloc<kComputeRegisters>();
+  const Cta cta{p, smem.part};
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
   const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
@@ -277,6 +282,7 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
     __syncwarp();  // an arrival releases the arriving thread's accesses only
     if (lane == 0) barrier_arrive(bar);
   };
+  auto first_partial = [&](const Work& w) { return (int64_t(w.slot) * p.h_kv + cta.kv_head()) * p.rows + cta.row0(); };
   auto rescale = [&] {
     pin(o);
     scale_rows(o, factor);
@@ -352,8 +358,7 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       if constexpr (kPair) named_arrive(kTurn, kComputeThreads);
       if (block + 2 >= w.end) release_q();
       mask(Wg0{}, block);
-      if (update_reference(s, scale_log2, reference, factor)) rescale();
-      probabilities<T>(s, scale_log2, reference, sum, probs);
+      if (softmax_step<T>(s, scale_log2, reference, factor, sum, probs)) scale_rows(o, factor);
       clear_tail(Wg0{}, block);
       publish(Wg0{});
       accumulate<Tr, 0>(o, probs, smem, 0, block > w.begin);
@@ -388,12 +393,7 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
         pin(s);
         if (block + 2 >= w.end) release_q();
         mask(Wg1{}, block + 1);
-        moved = update_reference(s, scale_log2, reference, factor);
-        if (moved) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) sum[r] *= factor[r];
-        }
-        probabilities<T>(s, scale_log2, reference, sum, probs);
+        moved = softmax_step<T>(s, scale_log2, reference, factor, sum, probs);
         clear_tail(Wg1{}, block + 1);
       } else {
         release_q();
@@ -423,6 +423,8 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       if (block < w.end) step1(block, std::false_type{});
     }
 
+    if (seq == cta.last_seq()) let_successor_start();  // no earlier: the merge's CTAs would crowd onto the first SMs that are done
+
     // Both warpgroups hold the same reference; each summed its own blocks.
     float (&row_sum)[2][64] = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
 #pragma unroll
@@ -431,22 +433,28 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
       if ((lane & 3) == 0) row_sum[wg][tile_row[r]] = sum[r];
     }
     named_sync(kRowSums, kComputeThreads);
+    float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
       const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
-      const float inverse = any ? 1.f / total : 0.f, lse2 = any ? reference[r] + log2f(total) : -INFINITY;
-      const bool writes = index[r] >= 0, writes_lse = writes && wg == 0 && (lane & 3) == 0;
-      if (w.slot < 0) {
-        T* out = static_cast<T*>(p.out) + (cta.first_index(seq) + index[r]) * kDv + wg * (kDv / 2);
-        store_row(out, o, r, inverse, lane, writes);
+      const float lse2 = any ? reference[r] + log2f(total) : -INFINITY;
+      inverse[r] = any ? 1.f / total : 0.f;
+      if (index[r] >= 0 && wg == 0 && (lane & 3) == 0) {
         const int head = index[r] - token[r] * p.h_q;
-        if (writes_lse) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token[r]] = lse2 * kLn2;
-      } else if (w.slot < p.slots) {
-        const int64_t at = (int64_t(w.slot) * p.h_kv + cta.kv_head()) * p.rows + cta.row0() + tile_row[r];
-        store_row(p.partial_out + at * kDv + wg * (kDv / 2), o, r, inverse, lane, writes);
-        if (writes_lse) p.partial_lse[at] = lse2;
+        if (w.slot < 0)
+          p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token[r]] = lse2 * kLn2;
+        else if (w.slot < p.slots)
+          p.partial_lse[first_partial(w) + tile_row[r]] = lse2;
       }
+    }
+    // P is free: both warpgroups are through with their last products.
+    if (w.slot < 0) {
+      T* out = static_cast<T*>(p.out) + cta.first_index(seq) * kDv + wg * (kDv / 2);
+      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return cta.index_of(16 * warp + i); });
+    } else if (w.slot < p.slots) {
+      float* out = p.partial_out + first_partial(w) * kDv + wg * (kDv / 2);
+      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return cta.row0() + 16 * warp + i < p.rows ? 16 * warp + i : -1; });
     }
   }
 }
@@ -454,61 +462,64 @@ __device__ __forceinline__ void compute(Storage<Tr>& smem, const Cta& cta, int w
 // ---- kernel and launcher ------------------------------------------------------------------------------------------------------------------------
 
 template <class Tr>
-__global__ void __launch_bounds__(kThreads, 1) dense_decode_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ DenseDecodeParams p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    dense_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ DenseDecodeParams p) {
   extern __shared__ char raw[];
   auto& smem = *reinterpret_cast<Storage<Tr>*>(raw);
   // Broadcast, so that the compiler sees warp-uniform branches.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
 
-  if (threadIdx.x == kThreads - 1) {
-    smem.part = load_part(p);
-    tma_prefetch_map(k_map);
-  }
   if (threadIdx.x < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[threadIdx.x], 1);
   if (threadIdx.x < 4) barrier_init((&smem.k_empty[0][0])[threadIdx.x], 4);
   if (threadIdx.x == 0) {
-    barrier_init(smem.q_full, kWarpgroup);
+    barrier_init(smem.q_full, 4);
     barrier_init(smem.q_empty, 8);
+    tma_prefetch_map(q_map);
+    tma_prefetch_map(k_map);
   }
   barrier_init_fence();
-  __syncthreads();
-  let_successor_start();
 
-  const Cta cta{p, smem.part};
-  if (warp >= 8) {
-    cutlass::arch::warpgroup_reg_dealloc<56>();
-    produce<Tr>(k_map, smem, cta, warp - 8, lane);
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<224>();
-    compute<Tr>(smem, cta, warp / 4, warp % 4, lane);
-  }
+  // Either role waits for the predecessor in the stream, and then for the barriers and the part.
+  if (warp >= 8)
+    produce<Tr>(q_map, k_map, p, smem, warp - 8, lane);
+  else
+    compute<Tr>(p, smem, warp / 4, warp % 4, lane);
 }
 
-// [num_pages, page_size, h_kv, d_qk] in boxes of 64 columns x (at most) 64 tokens of one page and head.
-template <class Tr>
-Status encode_k_map(CUtensorMap& map, const DenseDecodeParams& p) {
+// A map over 16-bit elements in boxes of 64 columns by `box` of the dimension box_dim; stride[i] is that of dimension i + 1, in elements.
+template <class Tr, int kRank>
+Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[kRank], const int64_t (&stride)[kRank - 1], int box_dim, int box) {
   const auto encode = tensor_map_encoder();
   if (!encode) return "dense_decode: the CUDA driver offers no cuTensorMapEncodeTiled; a driver for CUDA 12 or newer is needed";
-  const uint64_t bytes = sizeof(typename Tr::T), row = uint64_t(p.d_qk) * bytes;
-  const cuuint64_t size[4] = {cuuint64_t(p.d_qk), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)};
-  const cuuint64_t stride[3] = {row, row * p.h_kv, row * p.h_kv * p.page_size};
-  const cuuint32_t box[4] = {64, 1, cuuint32_t(std::min(p.page_size, kBlockTokens)), 1}, step[4] = {1, 1, 1, 1};
-  const CUresult err = encode(&map, std::is_same_v<typename Tr::T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-                              const_cast<void*>(p.k_cache), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  cuuint64_t bytes[kRank - 1];
+  cuuint32_t boxes[kRank], step[kRank];
+  for (int i = 0; i < kRank; ++i) boxes[i] = i == 0 ? 64 : i == box_dim ? cuuint32_t(box) : 1, step[i] = 1;
+  for (int i = 0; i + 1 < kRank; ++i) bytes[i] = cuuint64_t(stride[i]) * sizeof(typename Tr::T);
+  const auto type = std::is_same_v<typename Tr::T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult err = encode(&map, type, kRank, const_cast<void*>(base), size, bytes, boxes, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return err == CUDA_SUCCESS ? nullptr : "dense_decode: the CUDA driver refused the tensor map of k_cache";
+  return err == CUDA_SUCCESS ? nullptr : "dense_decode: the CUDA driver refused a tensor map of q or k_cache";
 }
 
 template <class T, int kDqk>
 Status launch_dense_decode(const DenseDecodeParams& p) {
   using Tr = Traits<T, kDqk>;
-  CUtensorMap k_map;
-  if (Status error = encode_k_map<Tr>(k_map, p)) return error;
+  const int64_t d = p.d_qk;
+  // q as [b, token, KV head, row of the head, d], or with one KV head as [b, 1, 1, row, d]; k_cache as [page, token, KV head, d].
+  const bool one = p.h_kv == 1;
+  CUtensorMap q_map, k_map;
+  if (Status error =
+          encode_map<Tr, 5>(q_map, p.q, {cuuint64_t(d), cuuint64_t(one ? p.rows : p.group), cuuint64_t(p.h_kv), cuuint64_t(one ? 1 : p.s_q), cuuint64_t(p.b)},
+                            {d, p.group * d, p.h_q * d, int64_t(p.s_q) * p.h_q * d}, 1, q_box_rows(p)))
+    return error;
+  if (Status error = encode_map<Tr, 4>(k_map, p.k_cache, {cuuint64_t(d), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)},
+                                       {d, p.h_kv * d, int64_t(p.page_size) * p.h_kv * d}, 2, std::min(p.page_size, kBlockTokens)))
+    return error;
   const auto kernel = dense_decode_kernel<Tr>;
   constexpr size_t smem = sizeof(Storage<Tr>);
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return cudaGetErrorString(err);
   const dim3 grid((p.rows + kRowTile - 1) / kRowTile, p.h_kv, p.num_parts);
-  if (cudaError_t err = launch(kernel, grid, kThreads, smem, p.stream, /*overlap=*/false, k_map, p)) return cudaGetErrorString(err);
+  if (cudaError_t err = launch(kernel, grid, kThreads, smem, p.stream, q_map, k_map, p)) return cudaGetErrorString(err);
   return nullptr;
 }
 
