@@ -141,7 +141,7 @@ def test_contenders_take_turns_in_rotating_order():
     chains = {"a": machine.chain("a", 1e-6), "b": machine.chain("b", 3e-6), "c": machine.chain("c", 2e-6)}
     mode = Mode("burst", turns=3, pause=0.1, warm=0.0, timed=0.0)
     times = protocol.measure(chains, mode, None, 1, machine.clock, machine.sleep)
-    assert machine.log == [name for name in "bcacababc" for _ in range(5)]  # a lead-in and two pairs each
+    assert machine.log == [name for name in "bcacababc" for _ in range(6)]  # a lead-in and two pairs each
     assert {name: time.us for name, time in times.items()} == pytest.approx({"a": 1, "b": 3, "c": 2})
     assert times["a"].mhz is None and times["a"].watts is None
 
@@ -151,10 +151,10 @@ def test_sustained_runs_at_load_before_it_times():
     runs = []
     chain = Chain(lambda: machine.sleep(0.002) or runs.append("s"), lambda: machine.sleep(0.01) or runs.append("l"), 8)
     times = protocol.measure({"a": chain}, protocol.SUSTAINED, None, 0, machine.clock, machine.sleep)
-    turn = runs[: len(runs) // 2]
-    warm = turn.index("s", 1) - 1  # the first short one is the lead-in; the last long one before it is timed
-    assert warm * 0.01 >= protocol.SUSTAINED.warm - 0.01
-    assert (len(turn) - warm) / 2 * 0.012 >= protocol.SUSTAINED.timed
+    turn = "".join(runs[: len(runs) // 2])
+    warm, timed = turn.removeprefix("ls").split("s", 1)  # the lead-in, then long chains until the first timed pair
+    assert (len(warm) - 1) * 0.01 >= protocol.SUSTAINED.warm - 0.012
+    assert (len(timed) + 2) / 2 * 0.012 >= protocol.SUSTAINED.timed and set(timed[::2]) == {"l"}
     assert times["a"].us == pytest.approx(1000)
 
 

@@ -9,15 +9,14 @@ import gc
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from .. import _native, testing
 from ..__main__ import leave_source_tree, machine
 from . import dense_decode, end_to_end, protocol, report, schedule
 
-OPS: dict[str, Any] = {"dense_decode": dense_decode, "end_to_end": end_to_end, "schedule": schedule}
+OPS: dict[str, protocol.Op] = {"dense_decode": dense_decode, "end_to_end": end_to_end, "schedule": schedule}
 AGREEMENT = 1e-3  # cosine difference above which two contenders did not compute the same thing
 
 
@@ -62,7 +61,7 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def choose(wanted: list[str], op: Any) -> list[str]:
+def choose(wanted: list[str], op: protocol.Op) -> list[str]:
     """Patterns stand for rows of the op's table; anything else must be a case that can be made."""
     chosen: list[str] = []
     for pattern in wanted:
@@ -87,13 +86,15 @@ def no_hopper() -> str | None:
     return f"needs a Hopper GPU and its kernels: {problem}" if problem else None
 
 
-def find_peers(wanted: list[str], known: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+def find_peers(
+    wanted: list[str], known: Mapping[str, Callable[[], Callable[..., protocol.Chain]]]
+) -> dict[str, Callable[..., protocol.Chain]]:
     """Loads the peers that are installed, and names the others."""
     found = {}
     for name in wanted:
         try:
             found[name] = known[name]()
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # a library that does not load may raise anything
             print(f"{name} is left out: {error}", file=sys.stderr)
     return found
 
@@ -133,11 +134,11 @@ def run(args: argparse.Namespace) -> tuple[list[report.Row], bool]:
     print(f"{facts['gpu']}, driver {facts['driver']}, jax {facts['jax']}, commit {facts['commit']}\n", flush=True)
 
     limits: dict[str, protocol.Ceilings] = {}
-    if op is not schedule:
+    if op.RATED:
         limits = {mode.name: protocol.ceilings(mode, gauge, setup.small) for mode in modes}
         print(report.ceilings_table(limits), flush=True)
 
-    columns = ["kernel"] if op is end_to_end else args.peers
+    columns = [*args.peers, *op.BESIDE]
     rows, good = [], True
     print(report.table_head(args.op, columns), flush=True)
     # No bar where stderr is a file: there its carriage returns would be in the way of the table.

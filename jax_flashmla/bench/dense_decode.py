@@ -12,7 +12,10 @@ from . import cases, peers
 from .cases import D_QK, D_V, DenseCase, DenseInputs
 from .protocol import Chain, Setup, Work, chain_lengths, jitted
 
-NAMES, QUICK, PEERS, check = cases.DENSE, cases.DENSE_QUICK, peers.DENSE, DenseCase.parse
+NAMES, QUICK, PEERS = cases.DENSE, cases.DENSE_QUICK, peers.DENSE
+BESIDE: tuple[str, ...] = ()
+RATED = True
+check = DenseCase.parse
 
 
 def scale(i: int) -> float:

@@ -21,6 +21,8 @@ from .protocol import Chain, Setup, Work, dispatched
 NAMES = ("128,1,16,4096", "128,1,128,4096", "1,1,128,4096")
 QUICK = NAMES
 PEERS: dict[str, Callable[[], Any]] = {}
+BESIDE = ("kernel",)
+RATED = True
 LAYERS = 61
 check = DenseCase.parse
 

@@ -13,8 +13,8 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Work(NamedTuple):
 
     name: str
     shape: dict[str, Any]
-    flops: float  # 0 where rates and a roofline mean nothing
+    flops: float
     bytes: float
     contenders: Mapping[str, Callable[[], Chain]]  # ours first
 
@@ -71,6 +71,23 @@ class Setup(NamedTuple):
     implementation: str
     small: bool = False  # on a CPU, where only the code path is tried
     peers: Mapping[str, Callable[..., Chain]] = {}  # those that were found
+
+
+class Op(Protocol):
+    """What the file of an op has."""
+
+    @property
+    def NAMES(self) -> Sequence[str]: ...  # all cases
+    @property
+    def QUICK(self) -> Sequence[str]: ...  # those of --quick
+    @property
+    def PEERS(self) -> Mapping[str, Callable[[], Callable[..., Chain]]]: ...  # loaders, which may raise an ImportError
+    @property
+    def BESIDE(self) -> Sequence[str]: ...  # further contenders, which are always there
+    @property
+    def RATED(self) -> bool: ...  # whether rates and ceilings mean anything
+    def check(self, name: str, /) -> object: ...  # raises a ValueError for what is no case
+    def work(self, name: str, setup: Setup, /) -> Work: ...
 
 
 class Unsupported(Exception):
@@ -170,7 +187,8 @@ def measure(
             chain = chains[name]
             sleep(mode.pause)
             start = clock()
-            chain.short()  # wakes the card, and lets XLA write the addresses of this turn into its graph
+            chain.long()  # wakes the card, and lets XLA write the addresses of this turn into its two graphs
+            chain.short()
             while clock() - start < mode.warm:
                 chain.long()
             with sampled(gauge, readings[name]):

@@ -15,6 +15,8 @@ from .protocol import Chain, Setup, Work, jitted
 NAMES = ("1", "32", "512")  # b
 QUICK = NAMES
 PEERS: dict[str, Callable[[], Any]] = {}
+BESIDE: tuple[str, ...] = ()
+RATED = False
 ROWS, LONGEST = 128, 30000
 check = int  # raises a ValueError
 
