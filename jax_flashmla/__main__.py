@@ -28,14 +28,14 @@ CHECKED_KEYS = 64 * 1024  # float64 on the CPU: check as many sequences as fit, 
 CHAIN = 16  # calls in one jit on a GPU, where launching a single one would be timed with it
 
 
-def leave_source_tree() -> None:
+def leave_source_tree(module: str = "jax_flashmla") -> None:
     """Runs the installed package instead of a source tree in the current directory, which has no compiled extension."""
     root = Path(__file__).resolve().parent.parent
     if sys.flags.safe_path or not (root / "pyproject.toml").exists():
         return
     elsewhere = [path for path in sys.path if path and Path(path).resolve() != root]
     if importlib.machinery.PathFinder.find_spec("jax_flashmla", elsewhere):
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "jax_flashmla", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", module, *sys.argv[1:]])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

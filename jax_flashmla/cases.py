@@ -1,4 +1,4 @@
-"""One table of named dense-decode cases for tests and benchmarks."""
+"""One table of named dense-decode cases for tests. bench/cases.py has the shapes that are timed."""
 
 from typing import NamedTuple
 

@@ -4,7 +4,7 @@
 #   scripts/gpu_check.sh [--quick]        --quick leaves out racecheck, initcheck and synccheck
 #
 # Installs the wheel in dist/ where there is one, else builds without isolation (jaxlib's, CUTLASS's and nanobind's files must be there).
-# PYTHON names the interpreter (default python3); it needs jax with a CUDA plugin, pytest and hypothesis. Results: ci-output/gpu/.
+# PYTHON names the interpreter (default python3); it needs jax with a CUDA plugin, pytest, hypothesis and tqdm. Results: ci-output/gpu/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -70,13 +70,14 @@ if step install install; then
   else
     echo "compute-sanitizer is not on PATH: left out"
   fi
-  TAIL=40 step bench "$python" -P scripts/bench_peers.py
+  TAIL=40 step bench "$python" -P -m jax_flashmla.bench dense_decode --quick
+  step plan "$python" -P -m jax_flashmla.bench schedule --quick
 fi
 
 echo
 cat "$out/main.log" 2>/dev/null
 echo
-grep -E '^([|]|get_mla)' "$out/bench.log" 2>/dev/null
+grep -h '^|' "$out/bench.log" "$out/plan.log" 2>/dev/null
 echo
 printf '%-12s %s\n' step result
 for i in "${!names[@]}"; do printf '%-12s %s\n' "${names[$i]}" "${results[$i]}"; done

@@ -1,0 +1,154 @@
+"""Which shapes are timed, and the buffers of one."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+D_QK, D_V = 576, 512
+L2_BYTES = 60 * 2**20  # of an H200; an H100 has 50 MB
+MOST_SETS = 32  # enough for a sequence of 4096 tokens
+CHUNK_PAGES = 4096  # random numbers are made for so many pages at a time
+
+NAME = re.compile(r"(\d+),(\d+),(\d+),(\d+)(?:,page(\d+))?(?:,(irregular|normal))?")
+
+
+class DenseCase(NamedTuple):
+    """`b,s_q,h_q,s_k[,pageN][,irregular|normal]`: more than one query token is causal.
+
+    irregular: lengths log-uniform between 64 and s_k. normal: around s_k, with a standard deviation of half of it.
+    """
+
+    b: int
+    s_q: int
+    h_q: int
+    s_k: int
+    page_size: int = 64
+    lengths: str = "uniform"
+
+    @classmethod
+    def parse(cls, name: str) -> DenseCase:
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"a case is b,s_q,h_q,s_k[,pageN][,irregular|normal], got {name!r}")
+        b, s_q, h_q, s_k, page_size = (int(number or 64) for number in match.groups()[:5])
+        if min(b, s_q, h_q, s_k, page_size) < 1:
+            raise ValueError(f"b, s_q, h_q, s_k and the page size must be at least 1, got {name!r}")
+        if match[6] == "irregular" and s_k < 64:
+            raise ValueError(f"irregular lengths begin at 64, got {name!r}")
+        return cls(b, s_q, h_q, s_k, page_size, match[6] or "uniform")
+
+    @property
+    def name(self) -> str:
+        page = f",page{self.page_size}" * (self.page_size != 64)
+        return f"{self.b},{self.s_q},{self.h_q},{self.s_k}{page}" + f",{self.lengths}" * (self.lengths != "uniform")
+
+    @property
+    def causal(self) -> bool:
+        return self.s_q > 1
+
+    @property
+    def seqlens(self) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        if self.lengths == "irregular":
+            return np.exp(rng.uniform(np.log(64), np.log(self.s_k), self.b)).astype(np.int32)
+        if self.lengths == "normal":
+            return np.clip(rng.normal(self.s_k, self.s_k / 2, self.b), self.s_q, 2 * self.s_k).astype(np.int32)
+        return np.full(self.b, self.s_k, np.int32)
+
+    @property
+    def keys(self) -> int:
+        return int(self.seqlens.sum())
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds count twice; causal masking is not deducted."""
+        return 2.0 * self.s_q * self.h_q * self.keys * (D_QK + D_V)
+
+    @property
+    def bytes(self) -> float:
+        """Every key once, queries, outputs."""
+        return 2.0 * (self.keys * D_QK + self.b * self.s_q * self.h_q * (D_QK + D_V))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {**self._asdict(), "causal": self.causal, "keys": self.keys}
+
+
+DENSE = tuple(
+    dict.fromkeys(
+        (
+            *(f"128,1,16,{s_k}" for s_k in (1024, 4096, 16384)),
+            *(f"128,1,32,{s_k}" for s_k in (4096, 16384)),
+            *(f"128,1,64,{s_k}" for s_k in (1024, 4096, 16384)),
+            *(f"128,1,128,{s_k}" for s_k in (1024, 4096, 16384, 32768)),
+            *(f"128,2,128,{s_k}" for s_k in (4096, 8192, 32768)),
+            *(f"128,1,{h_q},4096,normal" for h_q in (128, 16)),
+            *(f"1,1,{h_q},{s_k}" for s_k in (4096, 65536) for h_q in (16, 128)),
+            *("4,1,16,4096", "4,1,128,4096", "4,1,128,65536"),
+            *("16,1,16,4096", "16,1,128,4096", "16,1,128,65536"),
+            *("32,1,128,4096", "32,1,128,65536"),
+            *(f"{b},1,{h_q},4096" for b in (1, 16, 128) for h_q in (8, 20, 32)),
+            *(f"128,1,{h_q},4096,page{page_size}" for page_size in (16, 128) for h_q in (16, 128)),
+            *(f"64,1,{h_q},32768,irregular" for h_q in (16, 128)),
+        )
+    )
+)
+
+DENSE_QUICK = (
+    "128,1,16,4096", "128,1,64,4096", "128,1,128,4096", "128,1,128,16384",
+    "128,2,128,8192", "16,1,128,4096", "1,1,16,4096", "1,1,128,4096",
+)  # fmt: skip
+
+
+class DenseInputs(NamedTuple):
+    """What every contender computes from: sets of queries and tables over one pool, used in rotation."""
+
+    case: DenseCase
+    q: list[jax.Array]  # [b, s_q, h_q, 576] each
+    pool: jax.Array  # [P, page_size, 1, 576]
+    tables: list[jax.Array]  # [b, max_pages] each, no page twice
+    lengths: jax.Array  # [b]
+    chain: tuple[int, int]  # calls in a short and in a long chain
+
+
+def rotation(moved: float) -> int:
+    """Sets of buffers until a set is out of the L2 cache when its turn comes again: twice the cache in all."""
+    return min(MOST_SETS, int(2 * L2_BYTES // moved) + 1)
+
+
+def whole_rounds(lengths: tuple[int, int], sets: int) -> tuple[int, int]:
+    """Chains that pass through all sets equally often: whichever comes next, its first set was used longest ago."""
+    short, long = (-(-calls // sets) * sets for calls in lengths)
+    return short, max(long, short + sets)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Unit-normal bfloat16; the first axis may come out longer, by less than one chunk in all."""
+    chunks = -(-shape[0] // CHUNK_PAGES)
+    chunk = (-(-shape[0] // chunks), *shape[1:])
+    parts = jax.lax.map(lambda k: jax.random.normal(k, chunk, jnp.bfloat16), jax.random.split(key, chunks))
+    return parts.reshape(-1, *shape[1:])
+
+
+def make_dense_inputs(case: DenseCase, lengths: tuple[int, int], sets: int) -> DenseInputs:
+    pages_of = -(-case.seqlens // case.page_size)
+    used = np.arange(pages_of.max()) < pages_of[:, None]
+    tables = np.zeros((sets, *used.shape), np.int32)
+    tables[:, used] = np.random.default_rng(1).permutation(sets * int(pages_of.sum())).reshape(sets, -1)
+    keys = jax.random.split(jax.random.key(0), sets + 1)
+    q_shape = case.b, case.s_q, case.h_q, D_QK
+    return DenseInputs(
+        case,
+        [jax.random.normal(key, q_shape, jnp.bfloat16) for key in keys[1:]],
+        normal(keys[0], (sets * int(pages_of.sum()), case.page_size, 1, D_QK)),
+        [jnp.asarray(table) for table in tables],
+        jnp.asarray(case.seqlens),
+        whole_rounds(lengths, sets),
+    )
