@@ -15,12 +15,6 @@ __device__ __forceinline__ void store_fragment(void* tile, int warp, int lane, i
                "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3])
                : "memory");
 }
-// All 64 columns: the A operand of a product in the other warpgroup.
-__device__ __forceinline__ void store_probabilities(void* tile, int warp, int lane, const uint32_t (&p)[16]) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) store_fragment(tile, warp, lane, k, p + 4 * k);
-}
-
 // Writes this warp's 16 rows of an output half (64x256, times factor[r]) through its 2 KB of a tile in shared memory, so that every store is 128 contiguous
 // bytes of a row. index_of(i) is the row of `out` that row i of the 16 goes to, -1 for none; all lanes must call.
 template <class T, class IndexOf>

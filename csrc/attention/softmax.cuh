@@ -11,10 +11,10 @@
 
 namespace jax_flashmla {
 
-// Probabilities are taken against a reference maximum that moves only when a thread's share of a row's sum over a block shows that it was outgrown.
-// Rescaling the output tile costs a tenth of the block, so it must be rare; the result stays exact, because sum and output share the reference. 2^8 is far
-// inside bf16, fp16 and float32.
-inline constexpr float kReferenceSlack = 256.f;
+// Probabilities are taken against a reference maximum that moves only when a row's true maximum outgrew it by this much (base 2). Rescaling the output
+// tile costs a tenth of the block, so it must be rare; the result stays exact, because sum and output share the reference. 2^8 is far inside bf16,
+// fp16 and float32.
+inline constexpr float kReferenceSlack = 8.f;
 
 // Scores come and lse goes in base e.
 inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -40,21 +40,27 @@ __device__ __forceinline__ void mask_scores(float (&s)[32], int token0, const in
   }
 }
 
-// Raises the reference of rows that any lane of their quad says were outgrown to their maximum; factor[r] is what sum and output must be multiplied by.
-// Rows do not look at each other: what a row comes to must not depend on its neighbours.
-__device__ __forceinline__ void raise_reference(const float (&s)[32], float scale_log2, const bool (&outgrown)[2], float (&reference)[2], float (&factor)[2]) {
+// Moves the reference of rows that outgrew it to their maximum; factor[r] is what their sum and output must be multiplied by. Uniform over the warp: true when
+// any did. Rows do not look at each other: what a row comes to must not depend on its neighbours.
+__device__ __forceinline__ bool update_reference(const float (&s)[32], float scale_log2, float (&reference)[2], float (&factor)[2]) {
+  float top[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool row_outgrown = __ballot_sync(~0u, outgrown[r]) >> (threadIdx.x & 28) & 15;
-    float top = s[2 * r];
+    top[r] = s[2 * r];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale_log2;
-    const bool grew = row_outgrown && top > reference[r];
-    factor[r] = grew ? exp2_fast(reference[r] - top) : 1.f;
-    if (grew) reference[r] = top;
+    for (int i = 0; i < 8; ++i) top[r] = fmaxf(top[r], fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
   }
+  auto outgrown = [&](int r) { return fmaf(top[r], scale_log2, -reference[r]) > kReferenceSlack; };  // false for -inf - -inf
+  if (!__any_sync(~0u, outgrown(0) || outgrown(1))) return false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
+    const bool grew = outgrown(r);
+    factor[r] = grew ? exp2_fast(reference[r] - top[r] * scale_log2) : 1.f;
+    if (grew) reference[r] = top[r] * scale_log2;
+  }
+  return true;
 }
 
 template <class T>
@@ -70,40 +76,19 @@ __device__ __forceinline__ uint32_t pack<__half>(float a, float b) {
   return reinterpret_cast<const uint32_t&>(v);
 }
 
-// exp2(s - shift), packed as the A operand of the output product; sum[r] is this thread's share of the row.
-template <class T>
-__device__ __forceinline__ void exponentiate(const float (&s)[32], float scale_log2, const float (&shift)[2], float (&sum)[2], uint32_t (&p)[16]) {
-  sum[0] = sum[1] = 0.f;
+// Half `kPart` of s (32 columns) becomes probabilities, packed as half of the A operand of the output product; sum[r] += this thread's share of the row.
+template <class T, int kPart>
+__device__ __forceinline__ void probabilities(const float (&s)[32], float scale_log2, const float (&reference)[2], float (&sum)[2], uint32_t (&p)[16]) {
+  float shift[2];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int r = 0; r < 2; ++r) shift[r] = reference[r] == -INFINITY ? 0.f : reference[r];
+#pragma unroll
+  for (int i = 8 * kPart; i < 8 * (kPart + 1); ++i) {
     const int r = i & 1;
     const float a = exp2_fast(fmaf(s[2 * i], scale_log2, -shift[r])), b = exp2_fast(fmaf(s[2 * i + 1], scale_log2, -shift[r]));
     sum[r] += a + b;
     p[i] = pack<T>(a, b);
   }
-}
-
-// s becomes probabilities p, and sum[r] the running share of the row. No maximum is taken as long as the sums of the block show that no score outgrew
-// the reference by much; else every row's reference is raised and the block done again. Uniform over the warp: true when it was, and then
-// the output so far must be multiplied by factor[r].
-template <class T>
-__device__ __forceinline__ bool softmax_step(const float (&s)[32], float scale_log2, float (&reference)[2], float (&factor)[2], float (&sum)[2],
-                                             uint32_t (&p)[16]) {
-  float block_sum[2];
-  exponentiate<T>(s, scale_log2, reference, block_sum, p);
-  // A reference of -inf gives inf or NaN here, a score too large at least a large sum.
-  const bool outgrown[2] = {!(block_sum[0] <= kReferenceSlack), !(block_sum[1] <= kReferenceSlack)};
-  const bool moved = __any_sync(~0u, outgrown[0] || outgrown[1]);
-  if (moved) {
-    raise_reference(s, scale_log2, outgrown, reference, factor);
-    float shift[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) shift[r] = reference[r] == -INFINITY ? 0.f : reference[r], sum[r] *= factor[r];
-    exponentiate<T>(s, scale_log2, shift, block_sum, p);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) sum[r] += block_sum[r];
-  return moved;
 }
 
 __device__ __forceinline__ float quad_sum(float x) {

@@ -46,7 +46,7 @@ struct Work {
 
 constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
 constexpr int kComputeRegisters = 224, kProducerRegisters = 56;
-enum NamedBarrier { kStart = 1, kP0Ready, kP1Ready, kTurn, kRowSums, kWarpgroup0, kWarpgroup1 };
+enum NamedBarrier { kStart = 1, kProducers, kP0Ready, kP1Ready = kP0Ready + 2, kTurn1 = kP1Ready + 2, kTurn0, kRowSums, kWarpgroup0, kWarpgroup1 };
 
 template <class Tr>
 struct alignas(1024) Storage {
@@ -150,8 +150,14 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   const int slot = warp >> 1, half = warp & 1;
   const bool own = slot == half;                      // the output half of the warpgroup that computes this slot's scores; takes the rope sub-tile too
   const int tokens = min(p.page_size, kBlockTokens);  // a copy stays within a page
-  // The longest chain of loads at the start of a CTA: part, then length and pages, then keys. Runs ahead of the set-up of the barriers.
+  if (warp == 0 && lane < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[lane], 1);
+  if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
+  if (warp == 2 && lane == 0) barrier_init(smem.q_full, 4);
+  if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
+  if (lane == 0) tma_prefetch_map(own ? k_map : q_map);
+  barrier_init_fence();
   wait_for_predecessor();
+  // The longest chain of loads at the start of a CTA: part, then length and pages, then keys.
   const Part part = load_part(p);
   const Cta cta{p, part};
   if (warp == 0 && lane == 0) smem.part = part;
@@ -162,8 +168,8 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
     pages = load_pages(p, w, w.begin + slot, tokens);
   };
   if (part.begin_seq <= cta.last_seq()) prepare(part.begin_seq);
-  __syncwarp();  // the compiler gives the loads above to lane 0 alone
-  named_sync(kStart, kThreads);
+  named_sync(kProducers, kThreads - kComputeThreads);
+  named_arrive(kStart, kThreads);
   cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
   if (lane != 0) return;
 
@@ -228,15 +234,15 @@ __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const 
   wgmma_commit();
 }
 
-// O half kWg (kept, or started from zero) += P.V of slot `slot`; P in registers or in shared memory.
-template <class Tr, int kWg, class P>
+// O half kWg (kept, or started from zero) += P.V over tokens 32 kPart .. 32 kPart + 31 of slot `slot`; P in registers or in shared memory.
+template <class Tr, int kWg, int kPart, class P, bool kIdle = kPart == 0>
 __device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<Tr>& smem, int slot, bool keep = true) {
   using A = Atoms<typename Tr::T>;
   const uint64_t v = smem_desc(smem.k[slot][kWg * Tr::kHalf], kSubTileBytes);
-  pin(o);
+  if (kIdle) pin(o);  // no earlier product on o is in flight
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
+  for (int step = 2 * kPart; step < 2 * (kPart + 1); ++step) {
     if constexpr (std::is_integral_v<P>)
       mma<typename A::PvSS>(o, p + 2 * step, v + 128 * step, keep || step > 0);
     else
@@ -263,7 +269,7 @@ template <class Tr>
 __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>& smem, int wg, int warp, int lane) {
   using T = typename Tr::T;
   wait_for_predecessor();
-  named_sync(kStart, kThreads);
+  named_sync(kStart, kThreads);  // the barriers are initialised, the part is there
   cutlass::arch::warpgroup_reg_alloc<kComputeRegisters>();
   const Cta cta{p, smem.part};
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
@@ -277,6 +283,8 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
 
   using Wg0 = std::integral_constant<int, 0>;
   using Wg1 = std::integral_constant<int, 1>;
+  using First = std::integral_constant<int, 0>;  // of the two parts of a block, 32 tokens each
+  using Second = std::integral_constant<int, 1>;
 
   auto arrive = [&](Barrier& bar) {
     __syncwarp();  // an arrival releases the arriving thread's accesses only
@@ -305,12 +313,10 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
       arrive(smem.q_empty);
       if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index, lane);
     };
-    // What follows is compiled once per warpgroup, so that its barriers have fixed numbers.
-    auto mask = [&](auto wg_constant, int block) {
-      constexpr int kWg = decltype(wg_constant)::value;
-      const uint32_t valid = smem.valid_groups[kWg];
-      if ((block + 1) * kBlockTokens > all_see || valid != 0xF) mask_scores(s, block * kBlockTokens, limit, valid);
+    auto mask = [&](int block, uint32_t valid_groups) {
+      if ((block + 1) * kBlockTokens > all_see || valid_groups != 0xF) mask_scores(s, block * kBlockTokens, limit, valid_groups);
     };
+    // What follows is compiled once per warpgroup, so that its barriers have fixed numbers.
     // Slots past the end of the sequence may hold anything, and 0 x NaN is NaN: clears their rows of V, before either warpgroup multiplies with them.
     auto clear_tail = [&](auto wg_constant, int block) {
       constexpr int kWg = decltype(wg_constant)::value;
@@ -323,15 +329,16 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
     };
     // Hands this warpgroup's probabilities and reference to the other one. The last ones have been read by then: warpgroup 1 is through with P0 before it
     // publishes P1, and warpgroup 0 with P1 before it publishes the next P0; between pieces both meet at the row sums.
-    auto publish = [&](auto wg_constant) {
-      constexpr int kWg = decltype(wg_constant)::value;
-      store_probabilities(smem.p[kWg], warp, lane, probs);
-      if ((lane & 3) == 0) {
+    auto publish = [&](auto wg_constant, auto part_constant) {
+      constexpr int kWg = decltype(wg_constant)::value, kPart = decltype(part_constant)::value;
+#pragma unroll
+      for (int k = 2 * kPart; k < 2 * (kPart + 1); ++k) store_fragment(smem.p[kWg], warp, lane, k, probs + 4 * k);
+      if (kPart == 0 && (lane & 3) == 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) smem.reference[kWg][tile_row[r]] = reference[r];
       }
       fence_async_proxy();
-      named_arrive(kP0Ready + kWg, kComputeThreads);
+      named_arrive((kWg == 0 ? kP0Ready : kP1Ready) + kPart, kComputeThreads);
     };
     // Follows the reference that the other warpgroup published. Uniform over the warp: true when a row's differs, and then the output needs rescaling.
     auto adopt_reference = [&](auto wg_constant) -> bool {
@@ -352,23 +359,30 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
     auto step0 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
       scores<Tr, 0>(s, smem, q_rope, k_phase);
+      const uint32_t valid_groups = smem.valid_groups[0];
       k_phase ^= 1;
       wgmma_wait<0>();
       pin(s);
-      if constexpr (kPair) named_arrive(kTurn, kComputeThreads);
+      if constexpr (kPair) named_arrive(kTurn1, kComputeThreads);
       if (block + 2 >= w.end) release_q();
-      mask(Wg0{}, block);
-      if (softmax_step<T>(s, scale_log2, reference, factor, sum, probs)) scale_rows(o, factor);
+      mask(block, valid_groups);
+      if (update_reference(s, scale_log2, reference, factor)) rescale();
       clear_tail(Wg0{}, block);
-      publish(Wg0{});
-      accumulate<Tr, 0>(o, probs, smem, 0, block > w.begin);
+      probabilities<T, 0>(s, scale_log2, reference, sum, probs);
+      publish(Wg0{}, First{});
+      accumulate<Tr, 0, 0>(o, probs, smem, 0, block > w.begin);
+      probabilities<T, 1>(s, scale_log2, reference, sum, probs);
+      publish(Wg0{}, Second{});
+      accumulate<Tr, 0, 1>(o, probs, smem, 0);
       wgmma_wait<0>();
       pin(o);
       arrive(smem.k_empty[0][0]);
       if constexpr (kPair) {
         named_sync(kP1Ready, kComputeThreads);
         if (adopt_reference(Wg0{})) rescale();
-        accumulate<Tr, 0>(o, smem_desc(smem.p[1]), smem, 1);
+        accumulate<Tr, 0, 0>(o, smem_desc(smem.p[1]), smem, 1);
+        named_sync(kP1Ready + 1, kComputeThreads);
+        accumulate<Tr, 0, 1>(o, smem_desc(smem.p[1]), smem, 1);
         wgmma_wait<0>();
         pin(o);
         arrive(smem.k_empty[1][0]);
@@ -376,9 +390,11 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
     };
     auto step1 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
+      uint32_t valid_groups = 0;
       if constexpr (kPair) {
-        named_sync(kTurn, kComputeThreads);
+        named_sync(kTurn1, kComputeThreads);
         scores<Tr, 1>(s, smem, q_rope, k_phase);
+        valid_groups = smem.valid_groups[1];
         k_phase ^= 1;
       }
       named_sync(kP0Ready, kComputeThreads);
@@ -386,28 +402,35 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
         if constexpr (kPair) wgmma_wait<0>();  // without it ptxas puts one here, and complains
         rescale();
       }
-      accumulate<Tr, 1>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
-      bool moved = false;
+      accumulate<Tr, 1, 0>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
+      named_sync(kP0Ready + 1, kComputeThreads);
+      accumulate<Tr, 1, 1>(o, smem_desc(smem.p[0]), smem, 0);
       if constexpr (kPair) {
-        wgmma_wait<1>();  // the scores; the product goes on behind the softmax
+        wgmma_wait<2>();  // the scores; the product goes on behind the softmax
         pin(s);
         if (block + 2 >= w.end) release_q();
-        mask(Wg1{}, block + 1);
-        moved = softmax_step<T>(s, scale_log2, reference, factor, sum, probs);
+        mask(block + 1, valid_groups);
+        if (update_reference(s, scale_log2, reference, factor)) {
+          wgmma_wait<0>();
+          rescale();
+        }
         clear_tail(Wg1{}, block + 1);
-      } else {
-        release_q();
-      }
-      wgmma_wait<0>();
-      pin(o);
-      arrive(smem.k_empty[0][1]);
-      if constexpr (kPair) {
-        publish(Wg1{});
-        if (moved) scale_rows(o, factor);
-        accumulate<Tr, 1>(o, probs, smem, 1);
+        probabilities<T, 0>(s, scale_log2, reference, sum, probs);
+        publish(Wg1{}, First{});
+        accumulate<Tr, 1, 0, uint32_t[16], false>(o, probs, smem, 1);
+        wgmma_wait<1>();
+        arrive(smem.k_empty[0][1]);
+        probabilities<T, 1>(s, scale_log2, reference, sum, probs);
+        publish(Wg1{}, Second{});
+        accumulate<Tr, 1, 1>(o, probs, smem, 1);
         wgmma_wait<0>();
         pin(o);
         arrive(smem.k_empty[1][1]);
+      } else {
+        release_q();
+        wgmma_wait<0>();
+        pin(o);
+        arrive(smem.k_empty[0][1]);
       }
     };
     int block = w.begin;
@@ -469,17 +492,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Broadcast, so that the compiler sees warp-uniform branches.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
 
-  if (threadIdx.x < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[threadIdx.x], 1);
-  if (threadIdx.x < 4) barrier_init((&smem.k_empty[0][0])[threadIdx.x], 4);
-  if (threadIdx.x == 0) {
-    barrier_init(smem.q_full, 4);
-    barrier_init(smem.q_empty, 8);
-    tma_prefetch_map(q_map);
-    tma_prefetch_map(k_map);
-  }
-  barrier_init_fence();
-
-  // Either role waits for the predecessor in the stream, and then for the barriers and the part.
   if (warp >= 8)
     produce<Tr>(q_map, k_map, p, smem, warp - 8, lane);
   else
