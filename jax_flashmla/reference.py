@@ -12,11 +12,12 @@ D_V = 512
 CHUNK_TOKENS = 512
 
 # The integers of the plan, the same in the CUDA planner: a KV block is 64 tokens; starting on a sequence costs about as
-# much as 5 blocks; a split under 4 blocks costs more in partial results than it saves; merging partial results costs
+# much as 5 blocks; the kernel works on blocks in pairs, so a split has two at least; merging partial results costs
 # the whole batch about 6 blocks.
 BLOCK = 64
 SEQUENCE_OVERHEAD_BLOCKS = 5
-MIN_SPLIT_BLOCKS = 4
+MIN_SPLIT_BLOCKS = 2
+EVEN_CANDIDATES = 32
 SPLIT_PENALTY_BLOCKS = 6
 MIN_INVARIANT_BLOCKS = 16
 MAX_INVARIANT_SPLITS = 16
@@ -110,7 +111,7 @@ def _plan_balanced(blocks, parts):
 
     Every part finds its own two cuts from the prefix sums, so nothing is sequential. A cut that would leave a piece of
     fewer than MIN_SPLIT_BLOCKS moves to the edge of the sequence. Where whole sequences balance nearly as well, every
-    cut does: no partial results.
+    cut does: no partial results. Else, where pieces of one size do, every part is one piece (`_plan_even`).
     """
     b = blocks.shape[0]
     blocks = jnp.minimum(blocks, jnp.asarray(MAX_TOTAL_BLOCKS, jnp.int32) // jnp.maximum(b, 1))
@@ -145,7 +146,45 @@ def _plan_balanced(blocks, parts):
     split = jnp.where(inside, (same_seq & (p <= p[:, None])).sum(axis=1, dtype=jnp.int32), 0)
     metadata = jnp.stack([seq[:-1], block[:-1], seq[1:], block[1:], split[:-1]], axis=1)
     cuts = ((seq == jnp.arange(b, dtype=jnp.int32)[:, None]) & inside).sum(axis=1, dtype=jnp.int32)
-    return metadata, jnp.where(cuts > 0, cuts + 1, 0)
+    partials = jnp.where(cuts > 0, cuts + 1, 0)
+    size, even_metadata, even_partials = _plan_even(blocks[:b], parts)
+    # A part of the plan above may be longer than its step by what a piece under the minimum adds.
+    even = ~keep_whole & (size <= step + MIN_SPLIT_BLOCKS - 1)
+    return jnp.where(even, even_metadata, metadata), jnp.where(even, even_partials, partials)
+
+
+def _plan_even(blocks, parts):
+    """Every piece a part of its own, and the pieces of a sequence all of one size, the last one aside.
+
+    What few and similar sequences want: a part that ends one sequence and begins the next would be the slowest. The
+    size is the smallest of EVEN_CANDIDATES for which the parts suffice, a huge one where none does.
+    """
+    b = blocks.shape[0]
+
+    def pieces_of(size):  # the last one not under the minimum
+        return jnp.maximum(-((blocks - (MIN_SPLIT_BLOCKS - 1)) // -size), 1)
+
+    low = jnp.maximum(-(blocks.sum(dtype=jnp.int32) // -parts), MIN_SPLIT_BLOCKS)
+    low = low + low % 2
+    sizes = low - 2 * (low // -64) * jnp.arange(EVEN_CANDIDATES, dtype=jnp.int32)
+    enough = jax.vmap(pieces_of)(sizes).sum(axis=1, dtype=jnp.int32) <= parts
+    first = jnp.argmax(enough)
+    size = jnp.where(enough[first], sizes[first], jnp.iinfo(jnp.int32).max)
+
+    own = -(blocks // -pieces_of(size))
+    own = jnp.maximum(own + own % 2, 1)
+    splits = pieces_of(own)
+    ends = jnp.cumsum(splits, dtype=jnp.int32)
+    part = jnp.arange(parts, dtype=jnp.int32)
+    seq = (ends <= part[:, None]).sum(axis=1, dtype=jnp.int32)
+    ends, own, splits = jnp.append(ends, 0), jnp.append(own, 0), jnp.append(splits, 0)  # sequence b: unused parts
+    used, split = seq < b, part - (ends[seq] - splits[seq])
+    last = part + 1 == ends[seq]
+    end_seq, end_block = jnp.where(last, seq + 1, seq), jnp.where(last, 0, (split + 1) * own[seq])
+    rows = seq, split * own[seq], end_seq, end_block, split
+    unused = b, 0, b, 0, 0
+    metadata = jnp.stack([jnp.where(used, x, y) for x, y in zip(rows, unused, strict=True)], axis=1)
+    return size, metadata, jnp.where(splits[:b] > 1, splits[:b], 0)
 
 
 def _plan_invariant(blocks, parts):

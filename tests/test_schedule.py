@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax_flashmla import _native, get_mla_metadata, ops
 from jax_flashmla.ops.schedule import num_parts
 
-BLOCK, OVERHEAD, PENALTY, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 5, 6, 4, 16, 16
+BLOCK, OVERHEAD, PENALTY, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 5, 6, 2, 16, 16
 
 
 def blocks_of(length):
@@ -54,6 +54,8 @@ def sequential_plan(lengths, parts):
     loads = [sum(n + OVERHEAD for n in blocks[i:j]) for i, j in itertools.pairwise(owner)]
     if max(loads) <= step + OVERHEAD + PENALTY:
         cuts = [(seq, 0) for seq in owner]
+    elif even := sequential_even_plan(blocks, parts, step + MIN - 1):
+        return even
 
     metadata, cuts_in = [], [0] * b
     for p in range(parts):
@@ -63,6 +65,31 @@ def sequential_plan(lengths, parts):
         metadata.append([seq, block, *cuts[p + 1], cuts_in[seq] if block else 0, 0, 0, 0])
     num_splits = np.cumsum([0] + [n + 1 if n else 0 for n in cuts_in])
     return np.array(metadata), num_splits
+
+
+def sequential_even_plan(blocks, parts, limit):
+    """Pieces of one size, each a part of its own; None when they would have to be longer than `limit`."""
+    low = max(-(-sum(blocks) // parts), MIN)
+    low += low % 2
+    for size in range(low, low + 32 * 2 * -(-low // 64), 2 * -(-low // 64)):
+        counts = [max(-(-(n - MIN + 1) // size), 1) for n in blocks]
+        if sum(counts) <= parts:
+            break
+    else:
+        return None
+    if size > limit:
+        return None
+    metadata, partials = [], [0]
+    for seq, (n, count) in enumerate(zip(blocks, counts, strict=True)):
+        own = max(-(-n // count), 1)
+        own += own % 2
+        starts = list(range(0, max(n - MIN + 1, 1), own))
+        for split, (start, end) in enumerate(itertools.pairwise([*starts, 0])):
+            metadata.append([seq, start, seq if end else seq + 1, end, split, 0, 0, 0])
+        partials.append(len(starts) if len(starts) > 1 else 0)
+    b = len(blocks)
+    metadata += [[b, 0, b, 0, 0, 0, 0, 0]] * (parts - len(metadata))
+    return np.array(metadata), np.cumsum(partials)
 
 
 def sequential_invariant_plan(lengths):

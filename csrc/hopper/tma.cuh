@@ -20,8 +20,9 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
+// Of a 4-D map: keys, which stream through L2. Of a 5-D map: queries.
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t& bar, void* dst, int c0, int c1, int c2, int c3) {
-  cute::SM90_TMA_LOAD_4D::copy(&map, &bar, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), dst, c0, c1, c2, c3);
+  cute::SM90_TMA_LOAD_4D::copy(&map, &bar, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), dst, c0, c1, c2, c3);
 }
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t& bar, void* dst, int c0, int c1, int c2, int c3, int c4) {
   cute::SM90_TMA_LOAD_5D::copy(&map, &bar, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), dst, c0, c1, c2, c3, c4);

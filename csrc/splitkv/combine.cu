@@ -18,7 +18,7 @@ namespace jax_flashmla {
 namespace {
 
 constexpr int kWarps = 8, kChunk = 128, kChunks = kDv / kChunk;  // a warp reads 128 columns as one float4 per lane
-constexpr int kMaxCtas = 4 * 132;                                // what a card holds at once; each then does several jobs
+constexpr int kSms = 132, kMaxCtas = 4 * kSms;                   // what a card holds at once; each then does several jobs
 
 __device__ __forceinline__ void add_scaled(float4& a, float w, const float4& v) {
   a.x = fmaf(w, v.x, a.x), a.y = fmaf(w, v.y, a.y), a.z = fmaf(w, v.z, a.z), a.w = fmaf(w, v.w, a.w);
@@ -117,10 +117,11 @@ __global__ void __launch_bounds__(kWarps * 32) combine_kernel(const __grid_const
 template <class T>
 cudaError_t launch_combine(const DenseDecodeParams& p) {
   const int sequences = std::min(p.b, p.num_parts - 1), total_rows = p.h_kv * p.rows;
-  // Little to do: spread it thin, for latency. Much: eight rows a job, all columns a warp.
-  const bool thin = int64_t(sequences) * total_rows <= 1024;
-  const int rows_per_job = thin ? 1 : kWarps;
-  const int64_t jobs = int64_t(sequences) * ((total_rows + rows_per_job - 1) / rows_per_job) * (thin ? kChunks : 1);
+  // Many splits of a sequence: all warps share a row. Few: a row each. Little to do in all: columns are spread over CTAs too, for latency.
+  const int rows_per_job = p.num_parts / p.b > kWarps ? 1 : kWarps;
+  const int64_t row_jobs = int64_t(sequences) * ((total_rows + rows_per_job - 1) / rows_per_job);
+  const bool thin = row_jobs <= kSms;
+  const int64_t jobs = row_jobs * (thin ? kChunks : 1);
   const auto kernel = thin ? combine_kernel<T, 1> : combine_kernel<T, kChunks>;
   return launch(kernel, unsigned(std::min<int64_t>(jobs, kMaxCtas)), kWarps * 32, 0, p.stream, p, sequences, rows_per_job);
 }

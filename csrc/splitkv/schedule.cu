@@ -2,7 +2,8 @@
 // jax_flashmla/reference.py, which tells the rule in words.
 //
 // One CTA per plan. Costs are prefix-summed into shared memory; every part then finds its own boundary by binary search: no loop is longer than b / 1024
-// or log2. Where whole sequences balance nearly as well, none is split.
+// or log2. Where whole sequences balance nearly as well, none is split;
+// where pieces of one size do, every part is one piece.
 #include <cuda_runtime_api.h>
 
 #include "hopper/launch.cuh"
@@ -14,7 +15,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kSequenceOverhead = 5;    // what a piece costs besides its blocks, in blocks: Q, prologue, epilogue
 constexpr int kSplitPenalty = 6;        // blocks; what partial results and merging them cost the whole batch
-constexpr int kMinSplit = 4;            // blocks; a shorter piece writes more partial output than it reads keys
+constexpr int kMinSplit = 2;            // blocks; a pair is what the kernel works on
 constexpr int kMinInvariantSplit = 16;  // batch-invariant plans: the length alone decides
 
 struct Boundary {
@@ -48,10 +49,16 @@ __device__ __forceinline__ int warp_scan(int value) {
   return value;
 }
 
+// One buffer for all instances of the scan.
+__device__ __forceinline__ auto warp_sums() -> int (&)[2][kThreads / 32] {
+  __shared__ int sums[2][kThreads / 32];
+  return sums;
+}
+
 // store(i, sum of value(0 .. i-1)) for i = 0 .. n. All threads must call.
 template <class Value, class Store>
 __device__ void exclusive_scan(int n, Value value, Store store) {
-  __shared__ int warp_sum[2][kThreads / 32];
+  auto& warp_sum = warp_sums();
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int before = 0;
   for (int base = 0, turn = 0; base < n; base += kThreads, turn ^= 1) {
@@ -74,6 +81,42 @@ __device__ void plan_invariant(const ScheduleParams& p, const int* lens, Part* p
     parts[row] = s >= n ? Part{p.b, 0, p.b, 0, 0} : s == n - 1 ? Part{i, s * size, i + 1, 0, s} : Part{i, s * size, i, (s + 1) * size, s};
   }
   exclusive_scan(p.b, [&](int i) { return splits(i) > 1 ? splits(i) : 0; }, [&](int i, int v) { num_splits[i] = v; });
+}
+
+// Every piece a part of its own, and the pieces of a sequence all of one size: what few and similar sequences want, where a part that ends one sequence
+// and begins the next would be the slowest. The size is the smallest of 32 candidates (one per warp) for which the parts suffice; false, and nothing
+// done, where it is larger than `limit`.
+__device__ bool plan_even(const ScheduleParams& p, const int* lens, Part* parts, int* num_splits, int total_blocks, int cap, int limit, int* first_part) {
+  static_assert(kThreads == 32 * 32);
+  __shared__ int pieces[32];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  auto blocks = [&](int i) { return min(blocks_of(lens[i]), cap); };
+  auto pieces_of = [&](int i, int size) { return max(1, ceil_div(blocks(i) - (kMinSplit - 1), size)); };  // the last one not under the minimum
+  const int low = (max(ceil_div(total_blocks, p.num_parts), kMinSplit) + 1) & ~1, stride = 2 * ceil_div(low, 64);
+  int sum = 0;
+  for (int i = lane; i < p.b; i += 32) sum += pieces_of(i, low + warp * stride);
+  sum = __reduce_add_sync(~0u, sum);
+  if (lane == 0) pieces[warp] = sum;
+  __syncthreads();
+  const uint32_t enough = __ballot_sync(~0u, pieces[lane] <= p.num_parts);
+  const int size = low + (__ffs(enough) - 1) * stride;
+  if (enough == 0 || size > limit) return false;
+
+  auto size_of = [&](int i) { return (ceil_div(blocks(i), pieces_of(i, size)) + 1) & ~1; };
+  auto splits = [&](int i) { return pieces_of(i, max(size_of(i), 1)); };
+  exclusive_scan(p.b, splits, [&](int i, int v) { first_part[i] = v; });
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
+    const int seq = first_index(p.b, [&](int i) { return first_part[i + 1] > part; });
+    if (seq == p.b) {
+      parts[part] = {p.b, 0, p.b, 0, 0};
+    } else {
+      const int split = part - first_part[seq], own = size_of(seq);
+      const bool last = part + 1 == first_part[seq + 1];
+      parts[part] = {seq, split * own, last ? seq + 1 : seq, last ? 0 : (split + 1) * own, split};
+    }
+  }
+  exclusive_scan(p.b, [&](int i) { return splits(i) > 1 ? splits(i) : 0; }, [&](int i, int v) { num_splits[i] = v; });
+  return true;
 }
 
 __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* parts, int* num_splits, int* shared) {
@@ -109,6 +152,8 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
     unbalanced |= prefix[whole[part + 1]] - prefix[whole[part]] > step + kSequenceOverhead + kSplitPenalty;
   const bool split = __syncthreads_or(unbalanced);
+  // A part of the plan with equal steps may be longer than its step by what a piece under the minimum adds.
+  if (split && p.b <= p.num_parts && plan_even(p, lens, parts, num_splits, total - p.b * kSequenceOverhead, cap, step + kMinSplit - 1, prefix)) return;
 
   // The boundaries inside a sequence are neighbours. The first of them notes its part; the last, later, how many pieces they make.
   int* pieces = prefix;  // [b + 1], no longer needed as costs
