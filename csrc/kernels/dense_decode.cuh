@@ -9,6 +9,8 @@
 //   warpgroup 1   block 2j+1: S1 = Q.K1                       | O[:, 256:] += P0.V0 (smem) | P1 -> smem | O[:, 256:] += P1.V1 (registers)
 //   warpgroup 2   four producer threads, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also load Q.
 //
+// Probabilities are handed over in two halves of 32 tokens, each with its own barrier, so that products start behind half a softmax.
+//
 // Shared memory (231,424 of 232,448 bytes): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The rope
 // part of Q (a 64x64 tile) lives in registers of both compute warpgroups: it would not fit.
 // Registers: compute 224 (O 128, S 32, P 16, rope 16), producer 56.
@@ -330,8 +332,9 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
       fence_async_proxy();
       named_sync(kWarpgroup0 + kWg, kWarpgroup);  // our own product reads every thread's zeros
     };
-    // Hands this warpgroup's probabilities and reference to the other one. The last ones have been read by then: warpgroup 1 is through with P0 before it
-    // publishes P1, and warpgroup 0 with P1 before it publishes the next P0; between pieces both meet at the row sums.
+    // Hands half of this warpgroup's probabilities, and with the first half the reference, to the other one. The last ones have been read by then:
+    // warpgroup 1 is through with P0 before it publishes the second half of P1, which warpgroup 0 waits for, and warpgroup 0 with P1 before it publishes
+    // the next P0; between pieces both meet at the row sums.
     auto publish = [&](auto wg_constant, auto part_constant) {
       constexpr int kWg = decltype(wg_constant)::value, kPart = decltype(part_constant)::value;
 #pragma unroll
