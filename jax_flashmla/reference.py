@@ -141,12 +141,13 @@ def _plan_balanced(blocks, parts):
     keep_whole = longest <= step + SEQUENCE_OVERHEAD_BLOCKS + SPLIT_PENALTY_BLOCKS
     seq, block = jnp.where(keep_whole, whole, seq), jnp.where(keep_whole, 0, block)
 
-    inside = block > 0
-    same_seq = (seq[:, None] == seq) & inside
-    split = jnp.where(inside, (same_seq & (p <= p[:, None])).sum(axis=1, dtype=jnp.int32), 0)
+    # Parts that begin inside of a sequence: their steps fall between its first and its last possible cut.
+    first = -((starts[:-1] + MIN_SPLIT_BLOCKS) // -step)
+    last_cut = jnp.maximum((blocks[:-1] - MIN_SPLIT_BLOCKS) | 1, 0)
+    cuts = jnp.minimum((starts[:-1] + last_cut) // step, parts - 1) - first + 1
+    split = jnp.where(block > 0, p - jnp.append(first, 0)[seq] + 1, 0)
     metadata = jnp.stack([seq[:-1], block[:-1], seq[1:], block[1:], split[:-1]], axis=1)
-    cuts = ((seq == jnp.arange(b, dtype=jnp.int32)[:, None]) & inside).sum(axis=1, dtype=jnp.int32)
-    partials = jnp.where(cuts > 0, cuts + 1, 0)
+    partials = jnp.where(~keep_whole & (cuts > 0), cuts + 1, 0)
     size, even_metadata, even_partials = _plan_even(blocks[:b], parts)
     # A part of the plan above may be longer than its step by what a piece under the minimum adds.
     even = ~keep_whole & (size <= step + MIN_SPLIT_BLOCKS - 1)

@@ -155,24 +155,24 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
   // A part of the plan with equal steps may be longer than its step by what a piece under the minimum adds.
   if (split && p.b <= p.num_parts && plan_even(p, lens, parts, num_splits, total - p.b * kSequenceOverhead, cap, step + kMinSplit - 1, prefix)) return;
 
-  // The boundaries inside a sequence are neighbours. The first of them notes its part; the last, later, how many pieces they make.
-  int* pieces = prefix;  // [b + 1], no longer needed as costs
   auto boundary = [&](int part) { return split ? bounds[part] : Boundary{whole[part], 0}; };
-  auto same = [&](int part, int other) { return boundary(other).block > 0 && boundary(other).seq == boundary(part).seq; };
-  for (int i = threadIdx.x; i < p.b; i += kThreads) pieces[i] = 0;
-  __syncthreads();
-  for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
-    if (boundary(part).block && !same(part, part - 1)) pieces[boundary(part).seq] = part;
-  __syncthreads();
+  // The first part that begins inside of a sequence, and one past the last: those whose step falls between its first and its last possible cut.
+  auto first_inside = [&](int i) { return ceil_div(prefix[i] + kMinSplit, step); };
+  auto end_inside = [&](int i) {
+    const int last_cut = (prefix[i + 1] - prefix[i] - kSequenceOverhead - kMinSplit) | 1;
+    return min((prefix[i] + max(last_cut, 0)) / step + 1, p.num_parts);
+  };
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
     const Boundary begin = boundary(part), end = boundary(part + 1);
-    parts[part] = {begin.seq, begin.block, end.seq, end.block, begin.block ? part + 1 - pieces[begin.seq] : 0};
+    parts[part] = {begin.seq, begin.block, end.seq, end.block, begin.block ? part + 1 - first_inside(begin.seq) : 0};
   }
-  __syncthreads();
-  for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
-    if (boundary(part).block && !same(part, part + 1)) pieces[boundary(part).seq] = part + 2 - pieces[boundary(part).seq];
-  __syncthreads();
-  exclusive_scan(p.b, [&](int i) { return pieces[i]; }, [&](int i, int v) { num_splits[i] = v; });
+  exclusive_scan(
+      p.b,
+      [&](int i) {
+        const int inside = split ? end_inside(i) - first_inside(i) : 0;
+        return inside > 0 ? inside + 1 : 0;
+      },
+      [&](int i, int v) { num_splits[i] = v; });
 }
 
 __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constant__ ScheduleParams p) {
