@@ -4,24 +4,21 @@
 #include <cstdint>
 
 #include "attention/softmax.cuh"
-#include "hopper/barrier.cuh"
+#include "hopper/shared.cuh"
 
 namespace jax_flashmla {
 
 // Writes 16 columns of this warp's 16 rows, an A operand of a product, into a 64x64 tile with 128-byte swizzle.
 __device__ __forceinline__ void store_fragment(void* tile, int warp, int lane, int k, const uint32_t* p) {
   const int row = 16 * warp + (lane & 15), half = lane >> 4;
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(tile) + row * 128 + (((2 * k + half) ^ (row & 7)) << 4)),
-               "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3])
-               : "memory");
+  store_matrices(smem_address(tile) + row * 128 + (((2 * k + half) ^ (row & 7)) << 4), p[0], p[1], p[2], p[3]);
 }
 // Writes this warp's 16 rows of an output half (64x256, times factor[r]) through its 2 KB of a tile in shared memory, so that every store is 128 contiguous
 // bytes of a row. index_of(i) is the row of `out` that row i of the 16 goes to, -1 for none; all lanes must call.
 template <class T, class IndexOf>
 __device__ __forceinline__ void store_rows(T* out, int stride, void* tile, int warp, const float (&o)[128], const float (&factor)[2], IndexOf index_of) {
   constexpr int kColumns = 128 / sizeof(T);
-  int lane;  // read again, so that the compiler does not carry the addresses below in registers through the main loop
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  const int lane = lane_again();  // so that the compiler does not carry the addresses below in registers through the main loop
   const uint32_t own = smem_address(tile) + warp * 2048;
   int index[4];
 #pragma unroll
@@ -44,17 +41,14 @@ __device__ __forceinline__ void store_rows(T* out, int stride, void* tile, int w
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = lane / 4 + 8 * r, chunk = (2 * i + (lane >> 1 & 1)) ^ (2 * row & 6);
-          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(own + row * 128 + chunk * 16 + (lane & 1) * 8), "f"(part[4 * i + 2 * r] * factor[r]),
-                       "f"(part[4 * i + 2 * r + 1] * factor[r])
-                       : "memory");
+          store_shared(own + row * 128 + chunk * 16 + (lane & 1) * 8, part[4 * i + 2 * r] * factor[r], part[4 * i + 2 * r + 1] * factor[r]);
         }
     }
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int row = 4 * j + lane / 8, chunk = (lane & 7) ^ (sizeof(T) == 2 ? row & 7 : 2 * row & 6);
-      uint4 v;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(own + row * 128 + chunk * 16) : "memory");
+      const uint4 v = load_shared(own + row * 128 + chunk * 16);
       if (index[j] >= 0) *reinterpret_cast<uint4*>(out + int64_t(index[j]) * stride + c * kColumns) = v;
     }
     __syncwarp();

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "hopper/math.cuh"
+
 namespace jax_flashmla {
 
 // Probabilities are taken against a reference maximum that moves only when a row's true maximum outgrew it by this much (base 2). Rescaling the output
@@ -18,12 +20,6 @@ inline constexpr float kReferenceSlack = 8.f;
 
 // Scores come and lse goes in base e.
 inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // exp2(from - to), 1 when they are equal (also when both are -inf: no key seen yet).
 __device__ __forceinline__ float rescale_factor(float from, float to) { return from == to ? 1.f : exp2_fast(from - to); }
