@@ -1,0 +1,204 @@
+// A CTA on the host: every CUDA thread is a thread, shared memory is an array, and asynchronous instructions finish at once. With the headers in hopper/ beside
+// it, which stand in for csrc/hopper/, the kernels compile as C++20 and run without a GPU. It shows wrong indices, wrong masks, wrong phases and deadlocks; it
+// cannot show a missing fence or a missing wait for an asynchronous copy or product.
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <bit>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline thread_local dim3 threadIdx, blockIdx, gridDim;
+using std::max, std::min;
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct __half {  // only named: the emulation runs bfloat16
+  uint16_t bits;
+};
+struct __half2 {
+  __half x, y;
+};
+inline float to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+inline __nv_bfloat16 to_bfloat16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return {std::isnan(x) ? uint16_t(0x7fff) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {to_bfloat16(x), to_bfloat16(y)}; }
+inline __half2 __floats2half2_rn(float, float) { return {}; }
+
+using cudaError_t = int;
+using cudaStream_t = struct CUstream_st*;
+inline constexpr int cudaSuccess = 0, cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, size_t) {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+namespace emulation {
+
+inline constexpr size_t kSharedBytes = 232448;
+alignas(1024) inline char shared_memory[kSharedBytes];
+
+struct NamedBarrier {
+  int arrived = 0, any = 0, result[2] = {};
+  long generation = 0;
+};
+struct TransactionBarrier {
+  int count = 0, pending = 0;
+  long bytes = 0, phase = 0;
+};
+struct Warp {
+  std::barrier<> barrier{32};
+  uint64_t slot[32];
+  uint32_t fragment[32][4];
+};
+struct Cta {
+  std::mutex mutex;
+  std::condition_variable changed;
+  NamedBarrier named[16];
+  std::map<uint32_t, TransactionBarrier> transaction;  // by shared-memory address
+  std::vector<std::unique_ptr<Warp>> warps;
+  unsigned threads;
+  explicit Cta(unsigned threads) : threads(threads) {
+    for (unsigned i = 0; i < threads; i += 32) warps.push_back(std::make_unique<Warp>());
+  }
+};
+inline Cta* cta;
+
+// Waits for what another thread does; a CTA that stands still for a minute will not move again.
+template <class Condition>
+void wait_until(std::unique_lock<std::mutex>& lock, Condition condition) {
+  if (cta->changed.wait_for(lock, std::chrono::minutes(1), condition)) return;
+  std::fprintf(stderr, "deadlock: thread %u of CTA (%u, %u, %u)\n", threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+  std::abort();
+}
+
+inline Warp& warp() { return *cta->warps[threadIdx.x / 32]; }
+inline int lane() { return threadIdx.x & 31; }
+
+// Every lane brings a value; f sees all of them.
+template <class T, class F>
+auto together(T value, F f) {
+  static_assert(sizeof(T) <= 8);
+  Warp& w = warp();
+  std::memcpy(&w.slot[lane()], &value, sizeof(T));
+  w.barrier.arrive_and_wait();
+  auto result = f([&](int i) {
+    T x;
+    std::memcpy(&x, &w.slot[i], sizeof(T));
+    return x;
+  });
+  w.barrier.arrive_and_wait();
+  return result;
+}
+
+inline bool named_barrier(int id, int threads, bool waits, bool value) {
+  std::unique_lock lock(cta->mutex);
+  NamedBarrier& b = cta->named[id];
+  b.any |= value;
+  const long generation = b.generation;
+  if (++b.arrived == threads) {
+    b.result[generation & 1] = b.any;
+    b.arrived = b.any = 0;
+    ++b.generation;
+    cta->changed.notify_all();
+  }
+  if (waits) wait_until(lock, [&] { return b.generation != generation; });
+  return b.result[generation & 1];
+}
+
+// Shared memory is full of NaN when a CTA starts, and one CTA runs at a time.
+template <class... Args>
+cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, const Args&... args) {
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        Cta state(block.x);
+        cta = &state;
+        std::fill_n(reinterpret_cast<uint16_t*>(shared_memory), kSharedBytes / 2, uint16_t(0x7fc0));
+        std::vector<std::thread> threads;
+        for (unsigned t = 0; t < block.x; ++t)
+          threads.emplace_back([&, t] {
+            threadIdx = dim3(t, 0, 0), blockIdx = dim3(x, y, z), gridDim = grid;
+            kernel(args...);
+          });
+        for (auto& thread : threads) thread.join();
+      }
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+inline void __syncwarp() { emulation::warp().barrier.arrive_and_wait(); }
+inline void __syncthreads() { emulation::named_barrier(0, emulation::cta->threads, true, false); }
+inline int __syncthreads_or(int value) { return emulation::named_barrier(0, emulation::cta->threads, true, value); }
+template <class T>
+T __shfl_sync(unsigned, T x, int from) {
+  return emulation::together(x, [&](auto of) { return of(from & 31); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return emulation::together(x, [&](auto of) { return of(emulation::lane() ^ mask); });
+}
+template <class T>
+T __shfl_up_sync(unsigned, T x, int distance) {
+  return emulation::together(x, [&](auto of) { return of(emulation::lane() - (emulation::lane() >= distance ? distance : 0)); });
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+  return emulation::together(int(x), [](auto of) {
+    unsigned votes = 0;
+    for (int i = 0; i < 32; ++i) votes |= unsigned(of(i)) << i;
+    return votes;
+  });
+}
+inline int __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline int __reduce_add_sync(unsigned, int x) {
+  return emulation::together(x, [](auto of) {
+    int sum = 0;
+    for (int i = 0; i < 32; ++i) sum += of(i);
+    return sum;
+  });
+}
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
