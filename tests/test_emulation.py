@@ -25,6 +25,8 @@ CSRC = HERE.parent / "csrc"
 SOURCES = (
     "kernels/dense_decode_bf16_512.cu",
     "kernels/dense_decode_bf16_576.cu",
+    "kernels/dense_decode_few_rows_bf16_512.cu",
+    "kernels/dense_decode_few_rows_bf16_576.cu",
     "splitkv/combine.cu",
     "splitkv/schedule.cu",
 )
@@ -95,7 +97,7 @@ def emulate_schedule(kernels, lengths, parts, batch_invariant=False):
     return metadata, num_splits
 
 
-def emulate_decode(kernels, case, parts, batch_invariant=False):
+def emulate_decode(kernels, case, parts, *, few_rows=False, batch_invariant=False):
     inputs = [np.ascontiguousarray(x) for x in testing.make_inputs(case)]
     q, k_cache, table, lengths = inputs
     parts = case.b * MAX_SPLITS if batch_invariant else parts
@@ -109,7 +111,7 @@ def emulate_decode(kernels, case, parts, batch_invariant=False):
     sizes = (case.b, case.s_q, case.h_q, case.h_kv, group, group * case.s_q, case.d_qk, len(k_cache), case.page_size)
     sizes += (table.shape[1], table.shape[1] * case.page_size, parts, slots)
     params = DenseDecodeParams(*pointers, *sizes, case.d_qk**-0.5, case.causal, 0, None)
-    assert kernels.emulate_dense_decode(ctypes.byref(params)) is None
+    assert kernels.emulate_dense_decode(ctypes.byref(params), few_rows) is None
     exact, exact_lse = testing.dense_decode_f64(*inputs, causal=case.causal)
     # bfloat16 rounds the result and the probabilities once each; the log-sum-exp stays in float32.
     assert testing.cosine_difference(out, exact) <= 5e-6
@@ -148,10 +150,31 @@ def test_dense_decode(kernels, name):
     emulate_decode(kernels, BY_NAME[name], parts=2)
 
 
-@pytest.mark.parametrize("h_q, d_qk", ((16, 576), (70, 512)))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "one_token",
+        "edges_causal_3",
+        "edges_not_causal_4",
+        "heads_1",
+        "heads_3_kv_3",
+        "heads_16_kv_8",
+        "heads_20",
+        "latent_only",
+        "page_16",
+        "page_32_kv_2",
+        "page_256",
+    ),
+)
+def test_dense_decode_few_rows(kernels, name):
+    case = BY_NAME[name]
+    emulate_decode(kernels, case._replace(h_q=min(case.h_q, 32 // case.s_q)), parts=2, few_rows=True)
+
+
+@pytest.mark.parametrize("h_q, d_qk, few_rows", ((16, 576, False), (70, 512, False), (5, 576, True), (16, 512, True)))
 @pytest.mark.parametrize("batch_invariant", (False, True))
-def test_split(kernels, h_q, d_qk, batch_invariant):
+def test_split(kernels, h_q, d_qk, few_rows, batch_invariant):
     """Long ones among edges: split, merged, and parts that end one sequence and begin the next."""
     lengths = (1300, 65) if batch_invariant else (1300, *EDGES, 1100)
     case = Case("split", lengths, h_q=h_q, d_qk=d_qk, s_q=2, causal=True)
-    assert emulate_decode(kernels, case, parts=9, batch_invariant=batch_invariant) >= 2
+    assert emulate_decode(kernels, case, parts=9, few_rows=few_rows, batch_invariant=batch_invariant) >= 2

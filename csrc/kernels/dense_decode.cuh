@@ -18,7 +18,6 @@
 // V is the first 512 columns of K, read M-major out of the same sub-tiles: sub-tiles 0-3 feed warpgroup 0, 4-7 warpgroup 1.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -29,6 +28,7 @@
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "kernels/dense_decode.h"
+#include "kernels/dense_decode_work.cuh"
 
 namespace jax_flashmla::dense_decode {
 
@@ -38,12 +38,6 @@ struct Traits {
   static constexpr bool kRope = kDqk > kDv;
   static constexpr int kSubTiles = kDqk / 64;
   static constexpr int kHalf = kDv / 2 / 64;  // sub-tiles of an output half
-};
-
-// A piece of one sequence: KV blocks [begin, end), seen by this row tile.
-struct Work {
-  int seq, len, begin, end;
-  int slot;  // of the partial result; -1: the sequence is not split, write the output itself
 };
 
 constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
@@ -65,82 +59,12 @@ struct alignas(1024) Storage {
 };
 static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory of an sm_90 CTA");
 
-// The part of the schedule of this CTA. Metadata come from the device and may be anything: no sequence outside of [0, b) survives.
-__device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
-  Part part = p.metadata[blockIdx.z];
-  part.begin_seq = max(part.begin_seq, 0);
-  if (static_cast<unsigned>(part.end_seq) >= static_cast<unsigned>(p.b)) part.end_seq = min(max(part.end_seq, 0), p.b), part.end_block = 0;
-  return part;
-}
-
-// What a CTA is: its row tile, KV head and part.
-struct Cta {
-  const DenseDecodeParams& p;
-  const Part& part;
-
-  __device__ int row0() const { return blockIdx.x * kRowTile; }
-  __device__ int kv_head() const { return blockIdx.y; }
-  __device__ int last_seq() const { return part.end_block > 0 ? part.end_seq : part.end_seq - 1; }
-
-  __device__ int token_of(int tile_row) const { return (row0() + tile_row) / p.group; }
-  // Where a row of the tile lies among the s_q x h_q rows of its sequence, in q and out alike; -1 past the end.
-  __device__ int index_of(int tile_row) const {
-    const int row = row0() + tile_row;
-    return row < p.rows ? row / p.group * p.h_q + kv_head() * p.group + row % p.group : -1;
-  }
-  __device__ int64_t first_index(int seq) const { return int64_t(seq) * p.s_q * p.h_q; }
-
-  // Number of keys that query token `token` sees.
-  __device__ int keys_of(int len, int token) const { return p.causal ? min(len, len - p.s_q + token + 1) : len; }
-
-  __device__ Work work(int seq) const {
-    Work w{seq, min(max(p.cache_seqlens[seq], 0), p.max_len)};
-    const int keys = max(keys_of(w.len, token_of(kRowTile - 1)), 0);
-    const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
-    w.begin = seq == part.begin_seq ? max(part.begin_block, 0) : 0;
-    w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;
-    w.begin = min(w.begin, max(w.end, 0));  // a made-up begin_block must not overflow the token count
-    const int first = p.num_splits[seq], partials = p.num_splits[seq + 1] - first;
-    w.slot = partials > 0 ? first + (seq == part.begin_seq ? part.begin_split : 0) : -1;
-    return w;
-  }
-};
-
 // ---- producer threads ---------------------------------------------------------------------------------------------------------------------------
-
-// The pages of a block, one per copy; -1 where there is none: past the length or not in the pool.
-struct Pages {
-  int id[4];
-  uint32_t valid_groups;
-};
-__device__ __forceinline__ Pages load_pages(const DenseDecodeParams& p, const Work& w, int block, int tokens) {
-  Pages pages{{-1, -1, -1, -1}, 0};
-  const int page_bits = __ffs(p.page_size) - 1;  // page sizes are powers of two
-  const int* table = p.block_table + int64_t(w.seq) * p.max_pages;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int token = block * kBlockTokens + c * tokens, column = token >> page_bits;
-    if (c * tokens < kBlockTokens) {
-      // Does not wait for the length: an entry past it holds anything, and is not looked at.
-      const int page = column < p.max_pages ? table[column] : -1;
-      if (token < w.len && static_cast<unsigned>(page) < static_cast<unsigned>(p.num_pages)) pages.id[c] = page;
-      if (pages.id[c] >= 0 || token >= w.len) pages.valid_groups |= ((1u << tokens / 16) - 1) << (c * tokens / 16);
-    }
-  }
-  return pages;
-}
-
-// Rows of one KV head that lie one after the other in q: all of a sequence's where there is one head, else some of a token's.
-__host__ __device__ inline int q_box_rows(const DenseDecodeParams& p) {
-  int rows = kRowTile;
-  while (p.h_kv > 1 && p.group % rows != 0) rows /= 2;
-  return rows;
-}
 
 // Sub-tile t of Q (without rope). Rows past the end of the sequence lie outside of the map and become zeros.
 template <class Tr>
-__device__ __forceinline__ void load_q(const CUtensorMap& q_map, Storage<Tr>& smem, const Cta& cta, int seq, int t) {
-  const int box = q_box_rows(cta.p);
+__device__ __forceinline__ void load_q(const CUtensorMap& q_map, Storage<Tr>& smem, const Cta<kRowTile>& cta, int seq, int t) {
+  const int box = q_box_rows(cta.p, kRowTile);
   for (int i = 0; i < kRowTile; i += box) {
     const int row = cta.row0() + i, token = cta.p.h_kv > 1 ? row / cta.p.group : 0;
     tma_load(q_map, smem.q_full, smem.q[t] + i * 64, t * 64, row - token * cta.p.group, cta.kv_head(), token, seq);
@@ -161,7 +85,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   wait_for_predecessor();
   // The longest chain of loads at the start of a CTA: part, then length and pages, then keys.
   const Part part = load_part(p);
-  const Cta cta{p, part};
+  const Cta<kRowTile> cta{p, part};
   if (warp == 0 && lane == 0) smem.part = part;
   Work w;
   Pages pages;
@@ -265,7 +189,7 @@ __device__ __forceinline__ void clear_rows(typename Storage<Tr>::SubTile (&k)[Tr
 }
 
 // This thread's share of the rope part of Q: the A operand of the rope product.
-__device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta, int seq, const int (&index)[2], int lane) {
+__device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta<kRowTile>& cta, int seq, const int (&index)[2], int lane) {
   const auto* q = static_cast<const uint16_t*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk + kDv;
   load_fragment(q_rope, index[0] < 0 ? nullptr : q + int64_t(index[0]) * cta.p.d_qk, index[1] < 0 ? nullptr : q + int64_t(index[1]) * cta.p.d_qk, lane);
 }
@@ -276,7 +200,7 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
   wait_for_predecessor();
   named_sync(kStart, kThreads);  // the barriers are initialised, the part is there
   cutlass::arch::warpgroup_reg_alloc<kComputeRegisters>();
-  const Cta cta{p, smem.part};
+  const Cta<kRowTile> cta{p, smem.part};
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
   const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
@@ -504,36 +428,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     compute<Tr>(p, smem, warp / 4, warp % 4, lane);
 }
 
-// A map over 16-bit elements in boxes of 64 columns by `box` of the dimension box_dim; stride[i] is that of dimension i + 1, in elements.
-template <class Tr, int kRank>
-Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[kRank], const int64_t (&stride)[kRank - 1], int box_dim, int box) {
-  const auto encode = tensor_map_encoder();
-  if (!encode) return "dense_decode: the CUDA driver offers no cuTensorMapEncodeTiled; a driver for CUDA 12 or newer is needed";
-  cuuint64_t bytes[kRank - 1];
-  cuuint32_t boxes[kRank], step[kRank];
-  for (int i = 0; i < kRank; ++i) boxes[i] = i == 0 ? 64 : i == box_dim ? cuuint32_t(box) : 1, step[i] = 1;
-  for (int i = 0; i + 1 < kRank; ++i) bytes[i] = cuuint64_t(stride[i]) * sizeof(typename Tr::T);
-  const auto type = std::is_same_v<typename Tr::T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  // L2 fetches lines of 128 bytes, a row of a sub-tile: in pairs they cost 5 % of the bandwidth.
-  const CUresult err = encode(&map, type, kRank, const_cast<void*>(base), size, bytes, boxes, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return err == CUDA_SUCCESS ? nullptr : "dense_decode: the CUDA driver refused a tensor map of q or k_cache";
-}
-
 template <class T, int kDqk>
 Status launch_dense_decode(const DenseDecodeParams& p) {
   using Tr = Traits<T, kDqk>;
-  const int64_t d = p.d_qk;
-  // q as [b, token, KV head, row of the head, d], or with one KV head as [b, 1, 1, row, d]; k_cache as [page, token, KV head, d].
-  const bool one = p.h_kv == 1;
   CUtensorMap q_map, k_map;
-  if (Status error =
-          encode_map<Tr, 5>(q_map, p.q, {cuuint64_t(d), cuuint64_t(one ? p.rows : p.group), cuuint64_t(p.h_kv), cuuint64_t(one ? 1 : p.s_q), cuuint64_t(p.b)},
-                            {d, p.group * d, p.h_q * d, int64_t(p.s_q) * p.h_q * d}, 1, q_box_rows(p)))
-    return error;
-  if (Status error = encode_map<Tr, 4>(k_map, p.k_cache, {cuuint64_t(d), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)},
-                                       {d, p.h_kv * d, int64_t(p.page_size) * p.h_kv * d}, 2, std::min(p.page_size, kBlockTokens)))
-    return error;
+  if (Status error = encode_maps<T>(q_map, k_map, p, kRowTile)) return error;
   const auto kernel = dense_decode_kernel<Tr>;
   constexpr size_t smem = sizeof(Storage<Tr>);
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return cudaGetErrorString(err);

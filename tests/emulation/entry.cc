@@ -8,9 +8,12 @@ using namespace jax_flashmla;
 extern "C" {
 int params_bytes(int which) { return which == 0 ? sizeof(DenseDecodeParams) : sizeof(ScheduleParams); }
 const char* emulate_schedule(const ScheduleParams* p) { return run_schedule(*p); }
-const char* emulate_dense_decode(const DenseDecodeParams* p) {
-  using namespace dense_decode;
-  if (Status error = p->d_qk == 576 ? launch_dense_decode<__nv_bfloat16, 576>(*p) : launch_dense_decode<__nv_bfloat16, 512>(*p)) return error;
+const char* emulate_dense_decode(const DenseDecodeParams* p, bool few_rows) {
+  const bool rope = p->d_qk == 576;
+  const auto launch = few_rows ? (rope ? dense_decode_few_rows::launch_dense_decode_few_rows<__nv_bfloat16, 576>
+                                       : dense_decode_few_rows::launch_dense_decode_few_rows<__nv_bfloat16, 512>)
+                               : (rope ? dense_decode::launch_dense_decode<__nv_bfloat16, 576> : dense_decode::launch_dense_decode<__nv_bfloat16, 512>);
+  if (Status error = launch(*p)) return error;
   return p->num_parts > 1 ? run_combine(*p) : nullptr;
 }
 }

@@ -1,0 +1,125 @@
+// What every dense decode kernel shares: the part of the schedule of a CTA and the pieces in it, pages, and the tensor maps of q and k_cache.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "hopper/tma.cuh"
+#include "params.h"
+
+namespace jax_flashmla::dense_decode {
+
+// A piece of one sequence: KV blocks [begin, end), seen by this row tile.
+struct Work {
+  int seq, len, begin, end;
+  int slot;  // of the partial result; -1: the sequence is not split, write the output itself
+};
+
+// The part of the schedule of this CTA. Metadata come from the device and may be anything: no sequence outside of [0, b) survives.
+__device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
+  Part part = p.metadata[blockIdx.z];
+  part.begin_seq = max(part.begin_seq, 0);
+  if (static_cast<unsigned>(part.end_seq) >= static_cast<unsigned>(p.b)) part.end_seq = min(max(part.end_seq, 0), p.b), part.end_block = 0;
+  return part;
+}
+
+// What a CTA is: its row tile, KV head and part.
+template <int kRows>  // of a tile
+struct Cta {
+  const DenseDecodeParams& p;
+  const Part& part;
+
+  __device__ int row0() const { return blockIdx.x * kRows; }
+  __device__ int kv_head() const { return blockIdx.y; }
+  __device__ int last_seq() const { return part.end_block > 0 ? part.end_seq : part.end_seq - 1; }
+
+  __device__ int token_of(int tile_row) const { return (row0() + tile_row) / p.group; }
+  // Where a row of the tile lies among the s_q x h_q rows of its sequence, in q and out alike; -1 past the end.
+  __device__ int index_of(int tile_row) const {
+    const int row = row0() + tile_row;
+    return row < p.rows ? row / p.group * p.h_q + kv_head() * p.group + row % p.group : -1;
+  }
+  __device__ int64_t first_index(int seq) const { return int64_t(seq) * p.s_q * p.h_q; }
+
+  // Number of keys that query token `token` sees.
+  __device__ int keys_of(int len, int token) const { return p.causal ? min(len, len - p.s_q + token + 1) : len; }
+
+  __device__ Work work(int seq) const {
+    Work w{seq, min(max(p.cache_seqlens[seq], 0), p.max_len)};
+    const int keys = max(keys_of(w.len, token_of(kRows - 1)), 0);
+    const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
+    w.begin = seq == part.begin_seq ? max(part.begin_block, 0) : 0;
+    w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;
+    w.begin = min(w.begin, max(w.end, 0));  // a made-up begin_block must not overflow the token count
+    const int first = p.num_splits[seq], partials = p.num_splits[seq + 1] - first;
+    w.slot = partials > 0 ? first + (seq == part.begin_seq ? part.begin_split : 0) : -1;
+    return w;
+  }
+};
+
+// The pages of a block, one per copy; -1 where there is none: past the length or not in the pool.
+struct Pages {
+  int id[4];
+  uint32_t valid_groups;
+};
+__device__ __forceinline__ Pages load_pages(const DenseDecodeParams& p, const Work& w, int block, int tokens) {
+  Pages pages{{-1, -1, -1, -1}, 0};
+  const int page_bits = __ffs(p.page_size) - 1;  // page sizes are powers of two
+  const int* table = p.block_table + int64_t(w.seq) * p.max_pages;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int token = block * kBlockTokens + c * tokens, column = token >> page_bits;
+    if (c * tokens < kBlockTokens) {
+      // Does not wait for the length: an entry past it holds anything, and is not looked at.
+      const int page = column < p.max_pages ? table[column] : -1;
+      if (token < w.len && static_cast<unsigned>(page) < static_cast<unsigned>(p.num_pages)) pages.id[c] = page;
+      if (pages.id[c] >= 0 || token >= w.len) pages.valid_groups |= ((1u << tokens / 16) - 1) << (c * tokens / 16);
+    }
+  }
+  return pages;
+}
+
+// Rows of one KV head that lie one after the other in q: all of a sequence's where there is one head, else some of a token's.
+__host__ __device__ inline int q_box_rows(const DenseDecodeParams& p, int tile_rows) {
+  int rows = tile_rows;
+  while (p.h_kv > 1 && p.group % rows != 0) rows /= 2;
+  return rows;
+}
+
+// A map over 16-bit elements in boxes of 64 columns by `box` of the dimension box_dim; stride[i] is that of dimension i + 1, in elements.
+template <class T, int kRank>
+Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[kRank], const int64_t (&stride)[kRank - 1], int box_dim, int box) {
+  const auto encode = tensor_map_encoder();
+  if (!encode) return "dense_decode: the CUDA driver offers no cuTensorMapEncodeTiled; a driver for CUDA 12 or newer is needed";
+  cuuint64_t bytes[kRank - 1];
+  cuuint32_t boxes[kRank], step[kRank];
+  for (int i = 0; i < kRank; ++i) boxes[i] = i == 0 ? 64 : i == box_dim ? cuuint32_t(box) : 1, step[i] = 1;
+  for (int i = 0; i + 1 < kRank; ++i) bytes[i] = cuuint64_t(stride[i]) * sizeof(T);
+  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  // L2 fetches lines of 128 bytes, a row of a sub-tile: in pairs they cost 5 % of the bandwidth.
+  const CUresult err = encode(&map, type, kRank, const_cast<void*>(base), size, bytes, boxes, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return err == CUDA_SUCCESS ? nullptr : "dense_decode: the CUDA driver refused a tensor map of q or k_cache";
+}
+
+// The maps of q, in boxes of up to tile_rows rows, and of k_cache, in boxes of up to kBlockTokens tokens.
+template <class T>
+Status encode_maps(CUtensorMap& q_map, CUtensorMap& k_map, const DenseDecodeParams& p, int tile_rows) {
+  const int64_t d = p.d_qk;
+  // q as [b, token, KV head, row of the head, d], or with one KV head as [b, 1, 1, row, d]; k_cache as [page, token, KV head, d].
+  const bool one = p.h_kv == 1;
+  if (Status error =
+          encode_map<T, 5>(q_map, p.q, {cuuint64_t(d), cuuint64_t(one ? p.rows : p.group), cuuint64_t(p.h_kv), cuuint64_t(one ? 1 : p.s_q), cuuint64_t(p.b)},
+                           {d, p.group * d, p.h_q * d, int64_t(p.s_q) * p.h_q * d}, 1, q_box_rows(p, tile_rows)))
+    return error;
+  if (Status error = encode_map<T, 4>(k_map, p.k_cache, {cuuint64_t(d), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)},
+                                      {d, p.h_kv * d, int64_t(p.page_size) * p.h_kv * d}, 2, std::min(p.page_size, kBlockTokens)))
+    return error;
+  return nullptr;
+}
+
+}  // namespace jax_flashmla::dense_decode
