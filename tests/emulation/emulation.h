@@ -107,10 +107,10 @@ struct Cta {
 };
 inline Cta* cta;
 
-// Waits for what another thread does; a CTA that stands still for a minute will not move again.
+// Waits for what another thread does; a CTA that stands still for five minutes will not move again.
 template <class Condition>
 void wait_until(std::unique_lock<std::mutex>& lock, Condition condition) {
-  if (cta->changed.wait_for(lock, std::chrono::minutes(1), condition)) return;
+  if (cta->changed.wait_for(lock, std::chrono::minutes(5), condition)) return;
   std::fprintf(stderr, "deadlock: thread %u of CTA (%u, %u, %u)\n", threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
   std::abort();
 }
