@@ -74,7 +74,7 @@ def split_kv_b(weight: np.ndarray, num_heads: int, d_nope: int) -> tuple[np.ndar
     return w_uk, w_uv
 
 
-ParamPath = tuple[str | int, ...]
+ParamPath = tuple[Any, ...]  # as nnx.to_flat_state has it: names, and numbers in lists
 
 
 def placed(name: str, weight: np.ndarray, config: DeepseekConfig) -> Iterator[tuple[ParamPath, int | None, np.ndarray]]:

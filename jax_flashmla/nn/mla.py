@@ -295,7 +295,7 @@ class MLAAttention(nnx.Module):
         return self._output(self._einsum("bshc,hvc->bshv", out, self.w_uv[...])), cache
 
     def mha(self, x: jax.Array) -> jax.Array:
-        """The same without cache and absorption, for checking: whole sequences `[b, s, hidden_size]`, causal, O(s^2)."""
+        """The same without cache and absorption, for checking: whole sequences `[b, s, hidden_size]`, O(s^2)."""
         s = x.shape[1]
         positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), x.shape[:2])
         q_nope, q_rope = self._queries(x, positions)
