@@ -1,10 +1,13 @@
-"""Writes docs/api.md from the docstrings; with --check, fails when the file is out of date.
+"""Writes docs/api.md and docs/nn_api.md from the docstrings; with --check, fails when one is out of date.
+
+docs/nn_api.md needs Flax; without it the file is left alone.
 
 python scripts/make_api_docs.py [--check]
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import jax_flashmla
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "api.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 SECTION = re.compile(r"^(Args|Returns|Raises|Example|Source):\s*(.*)$")
 ENTRY = re.compile(r"^  (\S[^:]*): (.*)$")
 
@@ -25,6 +28,13 @@ Letters as in [index.md](index.md). Arguments are checked at trace time; what on
 lengths) never leads out of bounds.
 """
 
+NN_HEAD = """# API of `jax_flashmla.nn`
+
+<!-- Made from the docstrings by scripts/make_api_docs.py: edit those. -->
+
+Needs the extra `flax`; [nn.md](nn.md) shows how the parts go together.
+"""
+
 EXPORT = """## `EXPORT_SAFE`
 
 For `jax.export.export(f, disabled_checks=EXPORT_SAFE)`: the custom calls of this package are versioned and keep
@@ -32,11 +42,13 @@ their meaning, so an exported computation may contain them.
 """
 
 
-def signature(function: object) -> str:
+def signature(function: object, name: str = "", *, method: bool = False) -> str:
     """One parameter a line when the call does not fit in one, without quotes around annotations."""
     assert callable(function)
     sig = inspect.signature(function)
-    name = getattr(function, "__name__", "")
+    if method:  # without self
+        sig = sig.replace(parameters=list(sig.parameters.values())[1:])
+    name = name or getattr(function, "__name__", "")
     text = f"{name}{sig}".replace("'", "")
     if len(text) <= 100:
         return text
@@ -91,15 +103,45 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def nn_page() -> str:
+    """Classes with their constructors and their documented public methods."""
+    from jax_flashmla import nn
+
+    parts = [NN_HEAD]
+    for name in nn.__all__:
+        value = getattr(nn, name)
+        if not inspect.isclass(value):
+            parts.append(
+                f"## `{name}`\n\n```python\n{signature(value)}\n```\n\n{markdown(inspect.getdoc(value) or '')}"
+            )
+            continue
+        heading = signature(value.__init__, name, method=True).replace(") -> None", ")")
+        parts.append(f"## `{name}`\n\n```python\n{heading}\n```\n\n{markdown(inspect.getdoc(value) or '')}")
+        for key, member in vars(value).items():
+            if key == "__init__" or (key.startswith("_") and key != "__call__"):
+                continue
+            bound = isinstance(member, classmethod)
+            function = member.__func__ if bound else member
+            if inspect.isfunction(function) and (doc := inspect.getdoc(function)):
+                call = signature(function, key, method=True)
+                parts.append(f"### `{name}.{key}`\n\n```python\n{call}\n```\n\n{markdown(doc)}")
+    text = re.sub(r"<function (\w+) at 0x\w+>", r"\1", "\n".join(parts))  # defaults by name
+    return re.sub(r"<class (?:[\w.]*\.)?(\w+)>", r"\1", text)
+
+
 def main() -> int:
-    text = page()
-    if "--check" in sys.argv[1:]:
-        if not TARGET.exists() or TARGET.read_text() != text:
-            print("docs/api.md is out of date: run python scripts/make_api_docs.py", file=sys.stderr)
-            return 1
-        return 0
-    TARGET.write_text(text)
-    return 0
+    pages = {"api.md": page()}
+    if importlib.util.find_spec("flax"):
+        pages["nn_api.md"] = nn_page()
+    code = 0
+    for name, text in pages.items():
+        target = DOCS / name
+        if "--check" not in sys.argv[1:]:
+            target.write_text(text)
+        elif not target.exists() or target.read_text() != text:
+            print(f"docs/{name} is out of date: run python scripts/make_api_docs.py", file=sys.stderr)
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,13 @@
+"""MLA layers and DeepSeek models in Flax NNX, over the paged cache of this package. Needs the extra `flax`."""
+
+try:
+    import flax.nnx  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "jax_flashmla.nn needs Flax 0.12 or newer, and importing it failed; pip install 'jax-flashmla[flax]' brings it"
+    ) from error
+
+from .deepseek import DeepseekConfig, DeepseekForCausalLM
+from .mla import MLAAttention, RopeConfig, plan
+
+__all__ = ["DeepseekConfig", "DeepseekForCausalLM", "MLAAttention", "RopeConfig", "plan"]

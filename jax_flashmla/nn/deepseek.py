@@ -1,0 +1,406 @@
+"""DeepSeek V2, V2-Lite, V3 and R1 as Flax NNX models, over one paged cache per layer."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .. import api
+from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, linear, plan, precision
+
+Caches = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepseekConfig:
+    """What the mathematics needs of a Hugging Face `config.json`, under its names. The defaults are V3 and R1.
+
+    Args:
+      vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: of the transformer.
+      q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of the attention.
+      n_routed_experts, n_shared_experts, num_experts_per_tok, moe_intermediate_size: of the mixture of experts.
+      first_k_dense_replace: so many layers at the bottom have a dense MLP.
+      scoring_func: "softmax" (V2) or "sigmoid" (V3, with a bias that takes part in the choice alone).
+      n_group, topk_group: experts are chosen from the best `topk_group` of `n_group` groups.
+      norm_topk_prob, routed_scaling_factor: chosen weights are divided by their sum, and multiplied.
+      rms_norm_eps: of the norms outside the attention.
+      attention_bias, tie_word_embeddings: as in Hugging Face.
+      rope: a `RopeConfig`.
+
+    Example:
+      >>> from jax_flashmla.nn import DeepseekConfig
+      >>> DeepseekConfig.v2_lite().num_attention_heads, DeepseekConfig.v3().scoring_func
+      (16, 'sigmoid')
+    """
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 128
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 2048
+    first_k_dense_replace: int = 3
+    scoring_func: str = "sigmoid"
+    n_group: int = 8
+    topk_group: int = 4
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    rope: RopeConfig = RopeConfig(factor=40.0, mscale=1.0, mscale_all_dim=1.0)  # noqa: RUF009 - frozen
+
+    @classmethod
+    def v3(cls) -> "DeepseekConfig":
+        """DeepSeek-V3, R1 and V3.1: 671 billion parameters."""
+        return cls()
+
+    @classmethod
+    def v2(cls) -> "DeepseekConfig":
+        """DeepSeek-V2: 236 billion parameters."""
+        return cls(
+            vocab_size=102400,
+            hidden_size=5120,
+            intermediate_size=12288,
+            num_hidden_layers=60,
+            n_routed_experts=160,
+            n_shared_experts=2,
+            num_experts_per_tok=6,
+            moe_intermediate_size=1536,
+            first_k_dense_replace=1,
+            scoring_func="softmax",
+            topk_group=3,
+            norm_topk_prob=False,
+            routed_scaling_factor=16.0,
+        )
+
+    @classmethod
+    def v2_lite(cls) -> "DeepseekConfig":
+        """DeepSeek-V2-Lite: 16 billion parameters, no compressed query, no groups."""
+        return dataclasses.replace(
+            cls.v2(),
+            hidden_size=2048,
+            intermediate_size=10944,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            q_lora_rank=None,
+            n_routed_experts=64,
+            moe_intermediate_size=1408,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=1.0,
+            rope=RopeConfig(factor=40.0, mscale=0.707, mscale_all_dim=0.707),
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "DeepseekConfig":
+        """Reads a parsed `config.json`, with `rope_parameters` or with `rope_scaling` and `rope_theta`.
+
+        Raises:
+          ValueError: the configuration asks for what this model does not have.
+        """
+        v3 = config.get("model_type") != "deepseek_v2"
+        if config.get("index_topk") is not None:
+            raise ValueError("config.json has index_topk (V3.2): sparse attention is not in this version")
+        for name, supported in (("moe_layer_freq", 1), ("hidden_act", "silu")):
+            if config.get(name, supported) != supported:
+                raise ValueError(f"{name} must be {supported!r}, got {config[name]!r} in config.json")
+        defaults = cls() if v3 else cls.v2()
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "rope"]
+        values = {name: config[name] for name in names if config.get(name) is not None}
+        if "q_lora_rank" in config:
+            values["q_lora_rank"] = config["q_lora_rank"] or None
+        # transformers writes no scoring_func: there the model type tells.
+        method = config.get("topk_method", "noaux_tc" if v3 else "greedy")
+        if method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+            raise ValueError(
+                f"topk_method must be 'greedy', 'group_limited_greedy' or 'noaux_tc', got {method!r} in config.json"
+            )
+        if method == "greedy":
+            values["n_group"] = values["topk_group"] = 1
+        if (method == "noaux_tc") != (values.get("scoring_func", defaults.scoring_func) == "sigmoid"):
+            raise ValueError(
+                f"scoring_func and topk_method must be sigmoid with noaux_tc or softmax with another, got "
+                f"{values.get('scoring_func')!r} with {method!r} in config.json"
+            )
+        return dataclasses.replace(defaults, **values, rope=_rope_from_hf(config))
+
+
+def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    interleave = bool(config.get("rope_interleave", True))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return RopeConfig(theta=theta, interleave=interleave)
+    if kind != "yarn":
+        raise ValueError(f"rope type must be 'default' or 'yarn', got {kind!r} in config.json")
+    for name in ("attention_factor", "truncate"):
+        if scaling.get(name) not in (None, True):
+            raise ValueError(f"{name} = {scaling[name]!r} of the rope in config.json is not supported")
+    original = int(scaling["original_max_position_embeddings"])
+    return RopeConfig(
+        theta=theta,
+        interleave=interleave,
+        factor=float(scaling.get("factor") or config["max_position_embeddings"] / original),
+        original_max_position=original,
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        mscale=float(scaling.get("mscale") or 1),
+        mscale_all_dim=float(scaling.get("mscale_all_dim") or 0),
+    )
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.gate_proj = linear(hidden_size, intermediate_size, dtype, rngs)
+        self.up_proj = linear(hidden_size, intermediate_size, dtype, rngs)
+        self.down_proj = linear(intermediate_size, hidden_size, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nnx.Module):
+    """Chooses experts per token, in float32: a rounded score would choose others.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.2.2 (softmax, groups by their best expert); DeepSeek-V3,
+    arXiv:2412.19437, section 2.1.2 (sigmoid, groups by their two best, a bias for load balance).
+    """
+
+    def __init__(self, config: DeepseekConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.kernel = nnx.Param(
+            nnx.initializers.lecun_normal()(rngs.params(), (config.hidden_size, config.n_routed_experts), jnp.float32)
+        )
+        if config.scoring_func == "sigmoid":
+            self.e_score_correction_bias = nnx.Param(jnp.zeros(config.n_routed_experts))
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x `[t, hidden_size]` -> weights float32 and experts int32, both `[t, num_experts_per_tok]`."""
+        c = self.config
+        logits = jnp.dot(x.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST)
+        sigmoid = c.scoring_func == "sigmoid"
+        scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
+        choice = scores + self.e_score_correction_bias[...] if sigmoid else scores
+        if c.n_group > 1:
+            grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
+            group_scores = jax.lax.top_k(grouped, 2 if sigmoid else 1)[0].sum(axis=-1)
+            kept = jax.nn.one_hot(jax.lax.top_k(group_scores, c.topk_group)[1], c.n_group, dtype=bool).any(axis=1)
+            choice = jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+        experts = jax.lax.top_k(choice, c.num_experts_per_tok)[1]
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        return weights * c.routed_scaling_factor, experts
+
+
+class MoE(nnx.Module):
+    """Routed experts as one grouped matrix product per projection, and shared experts as one MLP. Drops no token."""
+
+    def __init__(self, config: DeepseekConfig, *, dtype: Any, rngs: nnx.Rngs):
+        e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        init = nnx.initializers.lecun_normal(batch_axis=0)
+        self.gate = Router(config, rngs=rngs)
+        self.gate_proj = nnx.Param(init(rngs.params(), (e, d, f), dtype))
+        self.up_proj = nnx.Param(init(rngs.params(), (e, d, f), dtype))
+        self.down_proj = nnx.Param(init(rngs.params(), (e, f, d), dtype))
+        self.shared_experts = MLP(d, f * config.n_shared_experts, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, experts = self.gate(tokens)
+        k = experts.shape[1]
+        order = jnp.argsort(experts.reshape(-1))  # stable: pairs (token, expert), those of one expert together
+        sizes = jnp.bincount(experts.reshape(-1), length=self.gate_proj.shape[0]).astype(jnp.int32)
+
+        def grouped(rows: jax.Array, kernels: nnx.Param) -> jax.Array:
+            return jax.lax.ragged_dot(rows, kernels[...], sizes, precision=precision(rows.dtype))
+
+        rows = tokens[order // k]
+        rows = grouped(jax.nn.silu(grouped(rows, self.gate_proj)) * grouped(rows, self.up_proj), self.down_proj)
+        rows = rows[jnp.argsort(order)].reshape(-1, k, x.shape[-1]).astype(jnp.float32)
+        routed = (rows * weights[:, :, None]).sum(axis=1).astype(x.dtype)  # a fixed order of summation
+        return routed.reshape(x.shape) + self.shared_experts(x)
+
+
+class DecoderLayer(nnx.Module):
+    """Norm, attention, norm, MLP or mixture of experts, with two residuals."""
+
+    def __init__(self, config: DeepseekConfig, index: int, *, dtype: Any, rngs: nnx.Rngs, **attention: Any):
+        c = config
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, param_dtype=dtype)
+        self.self_attn = MLAAttention(
+            c.hidden_size,
+            c.num_attention_heads,
+            q_lora_rank=c.q_lora_rank,
+            kv_lora_rank=c.kv_lora_rank,
+            qk_nope_head_dim=c.qk_nope_head_dim,
+            qk_rope_head_dim=c.qk_rope_head_dim,
+            v_head_dim=c.v_head_dim,
+            rope=c.rope,
+            use_bias=c.attention_bias,
+            dtype=dtype,
+            rngs=rngs,
+            **attention,
+        )
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, param_dtype=dtype)
+        self.mlp: MLP | MoE
+        if index < c.first_k_dense_replace:
+            self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+        else:
+            self.mlp = MoE(c, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cache: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
+        y, cache = self.self_attn(self.input_layernorm(x), cache, *args, **kwargs)
+        return self._feed_forward(x + y), cache
+
+    def mha(self, x: jax.Array) -> jax.Array:
+        return self._feed_forward(x + self.self_attn.mha(self.input_layernorm(x)))
+
+    def _feed_forward(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DeepseekForCausalLM(nnx.Module):
+    """A DeepSeek V2, V2-Lite, V3 or R1 language model.
+
+    Args:
+      config: a `DeepseekConfig`.
+      dtype: of parameters, activations and caches; float32 runs through the reference. Routers are float32 always.
+      attention, implementation: as of `MLAAttention`.
+      rngs: initialises the parameters; `from_pretrained` reads them.
+
+    Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_flashmla.nn import DeepseekConfig, DeepseekForCausalLM
+      >>> config = dataclasses.replace(DeepseekConfig.v2_lite(), vocab_size=50, hidden_size=32, num_hidden_layers=2,
+      ...     num_attention_heads=2, intermediate_size=32, n_routed_experts=8, moe_intermediate_size=16)
+      >>> model = DeepseekForCausalLM(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+      >>> caches = model.init_caches(num_pages=4, page_size=16)
+      >>> block_table = jnp.array([[2, 0]], jnp.int32)
+      >>> logits, caches = model(jnp.array([[7, 1, 4]], jnp.int32), caches, block_table, jnp.array([3], jnp.int32))
+      >>> logits.shape
+      (1, 3, 50)
+    """
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        *,
+        dtype: Any = jnp.bfloat16,
+        attention: Attention = api.flash_mla_with_kvcache,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "rngs": rngs, "attention": attention, "implementation": implementation}
+        self.layers = nnx.List([DecoderLayer(config, i, **options) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(config.hidden_size, config.vocab_size, dtype, rngs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        dtype: Any = jnp.bfloat16,
+        attention: Attention = api.flash_mla_with_kvcache,
+        implementation: str | None = None,
+        progress: bool = True,
+    ) -> "DeepseekForCausalLM":
+        """Reads a Hugging Face checkpoint: config.json and safetensors, in one file or in shards.
+
+        Tensors go one by one from the file to the default device; the experts of a layer gather on the host first.
+        float8 weights with a scale per block (V3, R1) are dequantised. Layers for multi-token prediction are skipped.
+
+        Args:
+          directory: a local directory.
+          dtype: what parameters are converted to.
+          attention, implementation: as of the constructor.
+          progress: show a bar.
+
+        Raises:
+          FileNotFoundError: no config.json, or no safetensors.
+          ValueError: the configuration is not supported; tensors are missing, unknown, or of another shape.
+          ImportError: `progress` without tqdm.
+
+        Example:
+          >>> model = DeepseekForCausalLM.from_pretrained("DeepSeek-V2-Lite")  # doctest: +SKIP
+        """
+        from .loading import load
+
+        options = {"attention": attention, "implementation": implementation}
+        return load(directory, dtype=dtype, progress=progress, **options)
+
+    def init_caches(self, num_pages: int, *, page_size: int = 64) -> Caches:
+        """One cache of zeros per layer, `[num_pages, page_size, 1, 576]`; all use the same block table."""
+        return tuple(layer.self_attn.init_cache(num_pages, page_size=page_size) for layer in self.layers)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        caches: Caches,
+        block_table: jax.Array,
+        cache_seqlens: jax.Array,
+        *,
+        num_new: jax.Array | None = None,
+        logits_to_keep: int | None = None,
+    ) -> tuple[jax.Array, Caches]:
+        """Appends tokens to their sequences and returns what follows them: decode and prefill.
+
+        Args:
+          tokens: int32 `[b, s]`, the last s tokens of each sequence.
+          caches: from `init_caches` or from the last call; donate them to the jitted step.
+          block_table: int32 `[b, max_pages]`, pages of each sequence, those of the new tokens included.
+          cache_seqlens: int32 `[b]`, tokens per sequence, the new ones included.
+          num_new: int32 `[b]` when the batch is ragged; see `MLAAttention`.
+          logits_to_keep: static; only the last so many tokens get logits. None: all.
+
+        Returns:
+          logits, float32 `[b, s, vocab_size]`, and the caches.
+
+        Raises:
+          TypeError, ValueError: from `flash_mla_with_kvcache`, about table, lengths and cache.
+        """
+        metadata = plan(cache_seqlens, tokens.shape[1], self.config.num_attention_heads)
+        x = self.embed_tokens(tokens)
+        new_caches = []
+        for layer, cache in zip(self.layers, caches, strict=True):  # unrolled: a scan would copy the caches
+            x, cache = layer(x, cache, block_table, cache_seqlens, num_new=num_new, metadata=metadata)
+            new_caches.append(cache)
+        return self._logits(x if logits_to_keep is None else x[:, -logits_to_keep:]), tuple(new_caches)
+
+    def mha(self, tokens: jax.Array) -> jax.Array:
+        """Logits `[b, s, vocab_size]` of whole sequences `[b, s]` by plain attention, without a cache. For checking."""
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer.mha(x)
+        return self._logits(x)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        x = self.norm(x)
+        if self.config.tie_word_embeddings:
+            table = self.embed_tokens.embedding[...]
+            return jnp.einsum("bsd,vd->bsv", x, table, precision=precision(self.dtype)).astype(jnp.float32)
+        return self.lm_head(x).astype(jnp.float32)

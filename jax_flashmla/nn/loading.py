@@ -1,0 +1,175 @@
+"""Hugging Face checkpoints: config.json and safetensors, one tensor at a time from the file to the device."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from .deepseek import DeepseekConfig, DeepseekForCausalLM
+
+# safetensors' own numpy reader knows no float8; the format is a JSON header of offsets, and little-endian data.
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
+
+FP8_BLOCK = (128, 128)
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies; `read` maps it, so that pages come from the disk when they are converted."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"tensors must be of {', '.join(DTYPES)}, got {self.dtype} in {self.file}")
+        dtype = np.dtype(DTYPES[self.dtype])
+        raw = np.memmap(self.file, np.uint8, "r", self.offset, (math.prod(self.shape) * dtype.itemsize,))
+        return raw.view(dtype).reshape(self.shape)
+
+
+def tensors_in(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, one file or sharded, in the order of the files."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{directory} must hold *.safetensors files, got none; is the download complete?")
+    tensors = {}
+    for file in files:
+        with file.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensors[name] = Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+    return tensors
+
+
+def dequantize(weight: np.ndarray, scale_inv: np.ndarray, block: tuple[int, int] = FP8_BLOCK) -> np.ndarray:
+    """float32: each block of the e4m3 weight times its scale, which the checkpoint calls its inverse."""
+    for axis in (0, 1):
+        scale_inv = np.repeat(scale_inv, block[axis], axis=axis)
+    return weight.astype(np.float32) * scale_inv[: weight.shape[0], : weight.shape[1]].astype(np.float32)
+
+
+def split_kv_b(weight: np.ndarray, num_heads: int, d_nope: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a head are [nope | v]: `w_uk` [h_q, d_nope, 512] and `w_uv` [h_q, d_v, 512]."""
+    w_uk, w_uv = np.split(weight.reshape(num_heads, -1, weight.shape[1]), [d_nope], axis=1)
+    return w_uk, w_uv
+
+
+ParamPath = tuple[Any, ...]  # as nnx.to_flat_state has it: names, and numbers in lists
+
+
+def placed(name: str, weight: np.ndarray, config: DeepseekConfig) -> Iterator[tuple[ParamPath, int | None, np.ndarray]]:
+    """Parameters that a tensor of the checkpoint fills: path in the model, expert or None, value."""
+    *path, kind = (int(part) if part.isdigit() else part for part in name.removeprefix("model.").split("."))
+    owner = path[-1]
+    if owner == "kv_b_proj":
+        w_uk, w_uv = split_kv_b(weight, config.num_attention_heads, config.qk_nope_head_dim)
+        yield (*path[:-1], "w_uk"), None, w_uk
+        yield (*path[:-1], "w_uv"), None, w_uv
+    elif len(path) > 3 and path[-3] == "experts":
+        yield (*path[:-3], owner), int(path[-2]), weight.T
+    elif kind != "weight":
+        yield (*path, kind), None, weight
+    elif owner == "embed_tokens":
+        yield (*path, "embedding"), None, weight
+    elif weight.ndim == 1:
+        yield (*path, "scale"), None, weight
+    else:
+        yield (*path, "kernel"), None, weight.T
+
+
+def unused(name: str, config: DeepseekConfig) -> bool:
+    """Scales (read with their weights), frequencies, a tied head, and layers for multi-token prediction."""
+    parts = name.split(".")
+    return (
+        name.endswith(("_scale_inv", "rotary_emb.inv_freq"))
+        or (config.tie_word_embeddings and name == "lm_head.weight")
+        or (parts[:2] == ["model", "layers"] and int(parts[2]) >= config.num_hidden_layers)
+    )
+
+
+def load(directory: str | Path, *, dtype: Any, progress: bool, **options: Any) -> DeepseekForCausalLM:
+    """See `DeepseekForCausalLM.from_pretrained`."""
+    directory = Path(directory)
+    if not (directory / "config.json").exists():
+        raise FileNotFoundError(f"{directory} must hold a config.json, got none; is it a Hugging Face checkpoint?")
+    raw_config = json.loads((directory / "config.json").read_text())
+    config = DeepseekConfig.from_hf(raw_config)
+    quantization = raw_config.get("quantization_config") or {}
+    block = tuple(quantization.get("weight_block_size") or FP8_BLOCK)
+    tensors = tensors_in(directory)
+
+    # Shapes only: no parameter is initialised, and none exists twice.
+    model = nnx.eval_shape(lambda: DeepseekForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0), **options))
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    missing = {path: parameter.shape[0] if _stacked(path) else 1 for path, parameter in flat.items()}
+    stacks: dict[ParamPath, np.ndarray] = {}
+    unknown: list[str] = []
+
+    names = [name for name in tensors if not unused(name, config)]
+    for name in _bar(names) if progress else names:
+        weight = tensors[name].read()
+        if weight.dtype == ml_dtypes.float8_e4m3fn:
+            if name + "_scale_inv" not in tensors:
+                raise ValueError(f"{name} is float8 and must come with {name}_scale_inv, got none in {directory}")
+            weight = dequantize(weight, tensors[name + "_scale_inv"].read(), block)
+        for path, expert, value in placed(name, weight, config):
+            if path not in flat:
+                unknown.append(name)
+                continue
+            wanted = flat[path]
+            shape = wanted.shape if expert is None else wanted.shape[1:]
+            if value.shape != shape:
+                raise ValueError(f"{name} must give a parameter of shape {shape}, got {value.shape}; see config.json")
+            missing[path] -= 1
+            if expert is None:
+                flat[path] = wanted.replace(jnp.asarray(np.array(value, wanted.dtype)))
+                continue
+            # Experts of a layer gather on the host, and leave it when the last one is in.
+            stack = stacks.setdefault(path, np.empty(wanted.shape, wanted.dtype))
+            stack[expert] = value
+            if not missing[path]:
+                flat[path] = wanted.replace(jnp.asarray(stacks.pop(path)))
+
+    for words, wrong in (
+        ("lacks tensors for", [".".join(map(str, path)) for path, count in missing.items() if count]),
+        ("has tensors that the model does not know:", unknown),
+    ):
+        if wrong:
+            raise ValueError(f"the checkpoint {words} {', '.join(wrong[:5])} ({len(wrong)} in all) in {directory}")
+    nnx.update(model, nnx.from_flat_state(flat))
+    return model
+
+
+def _stacked(path: ParamPath) -> bool:
+    return path[-2:] in (("mlp", "gate_proj"), ("mlp", "up_proj"), ("mlp", "down_proj"))
+
+
+def _bar(names: list[str]) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "from_pretrained shows its progress with tqdm, and importing it failed; "
+            "pip install 'jax-flashmla[flax]' brings it, progress=False goes without"
+        ) from error
+    return tqdm(names, desc="loading", unit="tensor")

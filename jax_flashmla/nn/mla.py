@@ -1,0 +1,324 @@
+"""Multi-head Latent Attention as a Flax NNX layer: projections, norms, RoPE, and the op over the paged cache."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .. import api
+
+D_LATENT = 512  # what the op's kernels and reference are made for
+LATENT_NORM_EPS = 1e-6  # of the two norms inside the attention, whatever rms_norm_eps the model has
+MAX_CHUNK = 128  # query tokens per sequence in one call of the decode op
+
+Attention = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, with YaRN when `factor` is above 1.
+
+    Args:
+      theta: base of the frequencies.
+      interleave: True pairs the columns (0, 1), (2, 3), ..., as DeepSeek's weights do; False pairs column i with
+        column i + dim / 2.
+      factor: how much longer than `original_max_position` the context is; 1 is plain RoPE.
+      original_max_position: context length of the pretraining.
+      beta_fast, beta_slow: rotations within the original context above which a frequency is kept, and below which it
+        is divided by `factor`.
+      mscale, mscale_all_dim: see `attention_factor` and `softmax_mscale`.
+
+    Source: YaRN, arXiv:2309.00071; mscale as in DeepSeek-V2, arXiv:2405.04434.
+
+    Example:
+      >>> from jax_flashmla.nn import RopeConfig
+      >>> rope = RopeConfig(factor=40.0, mscale=1.0, mscale_all_dim=1.0)  # DeepSeek-V3
+      >>> round(192**-0.5 * rope.softmax_mscale**2, 6), rope.attention_factor
+      (0.135234, 1.0)
+    """
+
+    theta: float = 10000.0
+    interleave: bool = True
+    factor: float = 1.0
+    original_max_position: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    @property
+    def softmax_mscale(self) -> float:
+        """The softmax scale is multiplied by the square of this: rope and nope columns alike."""
+        return _mscale(self.factor, self.mscale_all_dim)
+
+    @property
+    def attention_factor(self) -> float:
+        """Cosines and sines are multiplied by this; 1 in the published models, where both mscales are equal."""
+        return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+
+    def frequencies(self, dim: int) -> np.ndarray:
+        """float32 `[dim / 2]`, radians per position."""
+        frequency = self.theta ** -(np.arange(0, dim, 2) / dim)
+        if self.factor <= 1:
+            return frequency.astype(np.float32)
+
+        def pair_with(rotations: float) -> float:  # the pair that turns so often within the original context
+            return dim * math.log(self.original_max_position / (2 * math.pi * rotations)) / (2 * math.log(self.theta))
+
+        low = max(math.floor(pair_with(self.beta_fast)), 0)
+        high = min(math.ceil(pair_with(self.beta_slow)), dim - 1)
+        slow = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+        return (frequency * (1 - slow + slow / self.factor)).astype(np.float32)
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotates `[..., heads, dim]` by its positions `[...]`. Pairs stay where they are; arithmetic in float32."""
+        angle = positions.astype(jnp.float32)[..., None, None] * self.frequencies(x.shape[-1])
+        cos, sin = jnp.cos(angle) * self.attention_factor, jnp.sin(angle) * self.attention_factor
+        # [..., dim / 2, 2] for neighbours, [..., 2, dim / 2] for halves
+        axis = -1 if self.interleave else -2
+        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *((-1, 2) if self.interleave else (2, -1)))
+        a, b = jnp.take(pairs, 0, axis), jnp.take(pairs, 1, axis)
+        rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis)
+        return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32, rounded once."""
+
+    def __init__(self, size: int, eps: float, *, param_dtype: Any = jnp.float32):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # no TF32 behind a float32 request
+
+
+def linear(d_in: int, d_out: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:
+    return nnx.Linear(
+        d_in, d_out, use_bias=use_bias, dtype=dtype, param_dtype=dtype, precision=precision(dtype), rngs=rngs
+    )
+
+
+def token_positions(cache_seqlens: jax.Array, s: int) -> jax.Array:
+    """int32 `[b, s]`: new tokens are the last ones of their sequence. Negative where a sequence is shorter."""
+    return cache_seqlens[:, None] - s + jnp.arange(s, dtype=jnp.int32)
+
+
+def chunks_of(s: int) -> tuple[int, int]:
+    """Number and width of the equal chunks that s query tokens make; what is missing is padded in front."""
+    count = -(-s // MAX_CHUNK)
+    return count, -(-s // count)
+
+
+def chunk_lengths(cache_seqlens: jax.Array, s: int) -> jax.Array:
+    """int32 `[b * chunks]`: the keys that the last token of each chunk sees."""
+    count, width = chunks_of(s)
+    later = width * jnp.arange(count - 1, -1, -1, dtype=jnp.int32)
+    return jnp.maximum(cache_seqlens[:, None] - later, 0).reshape(-1)
+
+
+def plan(cache_seqlens: jax.Array, s: int, num_heads: int) -> tuple[jax.Array, jax.Array]:
+    """`get_mla_metadata` for a step of s new tokens per sequence, to be shared by all layers.
+
+    Args:
+      cache_seqlens: int32 `[b]`, keys per sequence, the new tokens included.
+      s: new tokens per sequence; static.
+      num_heads: query heads; static.
+
+    Returns:
+      `tile_scheduler_metadata` and `num_splits`; chunks of a long prompt count as sequences.
+    """
+    return api.get_mla_metadata(chunk_lengths(cache_seqlens, s), chunks_of(s)[1] * num_heads, 1)
+
+
+def write_rows(cache: jax.Array, rows: jax.Array, block_table: jax.Array, positions: jax.Array) -> jax.Array:
+    """Writes rows `[b, s, 576]` to their positions `[b, s]`; negative ones and those beyond the table go nowhere.
+
+    In place where the cache is donated to the jitted step.
+    """
+    num_pages, page_size = cache.shape[:2]
+    column = positions // page_size
+    page = jnp.take_along_axis(block_table, jnp.clip(column, 0, block_table.shape[1] - 1), axis=1)
+    known = (positions >= 0) & (column < block_table.shape[1]) & (page >= 0)
+    page = jnp.where(known, page, num_pages)  # out of bounds, so dropped; -1 would be the last page
+    return cache.at[page, positions % page_size, 0].set(rows, mode="drop")
+
+
+class MLAAttention(nnx.Module):
+    """Multi-head Latent Attention: absorbed over a paged cache, or plain multi-head attention for checking.
+
+    The cache row of a token is `[RMSNorm(latent) | rotated key]`. The absorbed form folds `w_uk` into the query and
+    `w_uv` into the output, so that every head attends to the rows themselves.
+
+    Args:
+      hidden_size: width of x.
+      num_heads: `h_q`.
+      q_lora_rank: width of the compressed query; None projects the query at once (V2-Lite).
+      kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: widths as in the paper; `kv_lora_rank` is 512 and
+        `qk_rope_head_dim` 64, because the op is made for rows of 576.
+      rope: a `RopeConfig`.
+      use_bias: biases in `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` (`attention_bias` in a checkpoint).
+      dtype: of parameters and activations: bfloat16 or float16, or float32, which runs through the reference.
+      attention: what attends; called as `flash_mla_with_kvcache`, which is the default.
+      implementation: passed on to `attention`: None, "cuda" or "xla".
+      rngs: initialises the parameters.
+
+    Raises:
+      ValueError: the op has no rows of this shape.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_flashmla.nn import MLAAttention
+      >>> attn = MLAAttention(64, 4, q_lora_rank=None, dtype=jnp.float32, rngs=nnx.Rngs(0))
+      >>> cache = attn.init_cache(num_pages=6, page_size=16)
+      >>> block_table = jnp.array([[4, 1], [0, 3]], jnp.int32)
+      >>> y, cache = attn(jnp.ones((2, 3, 64)), cache, block_table, jnp.array([3, 20], jnp.int32))
+      >>> y.shape, cache.shape
+      ((2, 3, 64), (6, 16, 1, 576))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        q_lora_rank: int | None,
+        kv_lora_rank: int = D_LATENT,
+        qk_nope_head_dim: int = 128,
+        qk_rope_head_dim: int = 64,
+        v_head_dim: int = 128,
+        rope: RopeConfig | None = None,
+        use_bias: bool = False,
+        dtype: Any = jnp.bfloat16,
+        attention: Attention = api.flash_mla_with_kvcache,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if (kv_lora_rank, qk_rope_head_dim) != (D_LATENT, 64):
+            raise ValueError(
+                "kv_lora_rank and qk_rope_head_dim must be 512 and 64, "
+                f"got {kv_lora_rank} and {qk_rope_head_dim}; the op reads rows of 576"
+            )
+        self.num_heads, self.d_nope, self.d_rope, self.d_v = num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+        self.dtype = jnp.dtype(dtype)
+        self.rope = RopeConfig() if rope is None else rope
+        self.softmax_scale = (self.d_nope + self.d_rope) ** -0.5 * self.rope.softmax_mscale**2
+        self.attention, self.implementation = attention, implementation
+
+        d_q = num_heads * (self.d_nope + self.d_rope)
+        if q_lora_rank is None:
+            self.q_proj = linear(hidden_size, d_q, dtype, rngs)
+        else:
+            self.q_a_proj = linear(hidden_size, q_lora_rank, dtype, rngs, use_bias=use_bias)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, LATENT_NORM_EPS, param_dtype=dtype)
+            self.q_b_proj = linear(q_lora_rank, d_q, dtype, rngs)
+        self.q_lora_rank = q_lora_rank
+        self.kv_a_proj_with_mqa = linear(hidden_size, D_LATENT + self.d_rope, dtype, rngs, use_bias=use_bias)
+        self.kv_a_layernorm = RMSNorm(D_LATENT, LATENT_NORM_EPS, param_dtype=dtype)
+        init = nnx.initializers.normal(D_LATENT**-0.5)
+        self.w_uk = nnx.Param(init(rngs.params(), (num_heads, self.d_nope, D_LATENT), dtype))
+        self.w_uv = nnx.Param(init(rngs.params(), (num_heads, self.d_v, D_LATENT), dtype))
+        self.o_proj = linear(num_heads * self.d_v, hidden_size, dtype, rngs, use_bias=use_bias)
+
+    def init_cache(self, num_pages: int, *, page_size: int = 64) -> jax.Array:
+        """Zeros of this layer's dtype, `[num_pages, page_size, 1, 576]`."""
+        return jnp.zeros((num_pages, page_size, 1, D_LATENT + self.d_rope), self.dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: jax.Array,
+        block_table: jax.Array,
+        cache_seqlens: jax.Array,
+        *,
+        num_new: jax.Array | None = None,
+        metadata: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Writes the new tokens into the cache, then lets them attend to their sequences: decode and prefill.
+
+        Args:
+          x: the layer's dtype, `[b, s, hidden_size]`, the last s tokens of each sequence. More than 128 are attended
+            to in equal chunks of at most 128, all in one call of the op.
+          cache: the layer's dtype, `[P, page_size, 1, 576]`; donate it to the jitted step, and it is updated in place.
+          block_table: int32 `[b, max_pages]`, the pages of each sequence, those of the new tokens included.
+          cache_seqlens: int32 `[b]`, tokens per sequence, the new ones included. Their positions end there.
+          num_new: int32 `[b]`, how many of the s tokens are real when the batch is ragged: the last ones. The others
+            write nothing, and what they return means nothing. None: all of them.
+          metadata: `plan(cache_seqlens, s, num_heads)`, made once for all layers; None plans inside.
+
+        Returns:
+          y `[b, s, hidden_size]` and the cache.
+        """
+        b, s, _ = x.shape
+        positions = token_positions(cache_seqlens, s)
+        q_nope, q_rope = self._queries(x, positions)
+        # A table shared by sequences is the caller's business: rows are written where it says.
+        slots = positions
+        if num_new is not None:
+            slots = jnp.where(jnp.arange(s, dtype=jnp.int32) >= s - num_new[:, None], positions, -1)
+        cache = write_rows(cache, self._rows(x, positions), block_table, slots)
+
+        q = jnp.concatenate([self._einsum("bshn,hnc->bshc", q_nope, self.w_uk[...]), q_rope], axis=-1)
+        # A long prompt is a batch of chunks: each ends at its own length, and all rows are already in the cache.
+        count, width = chunks_of(s)
+        q = jnp.pad(q, ((0, 0), (count * width - s, 0), (0, 0), (0, 0))).reshape(b * count, width, *q.shape[2:])
+        out, _ = self.attention(
+            q,
+            cache,
+            jnp.repeat(block_table, count, axis=0),
+            chunk_lengths(cache_seqlens, s),
+            D_LATENT,
+            *(metadata or (None, None)),
+            softmax_scale=self.softmax_scale,
+            causal=True,
+            implementation=self.implementation,
+        )
+        out = out.reshape(b, count * width, self.num_heads, D_LATENT)[:, count * width - s :]
+        return self._output(self._einsum("bshc,hvc->bshv", out, self.w_uv[...])), cache
+
+    def mha(self, x: jax.Array) -> jax.Array:
+        """The same without cache and absorption, for checking: whole sequences `[b, s, hidden_size]`, O(s^2)."""
+        s = x.shape[1]
+        positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), x.shape[:2])
+        q_nope, q_rope = self._queries(x, positions)
+        latent, k_rope = jnp.split(self._rows(x, positions), [D_LATENT], axis=-1)
+        k_nope = self._einsum("btc,hnc->bthn", latent, self.w_uk[...])
+        v = self._einsum("btc,hvc->bthv", latent, self.w_uv[...])
+        scores = self._einsum("bshn,bthn->bhst", q_nope, k_nope, jnp.float32)
+        scores = scores + self._einsum("bshr,btr->bhst", q_rope, k_rope, jnp.float32)
+        scores = jnp.where(jnp.tri(s, dtype=bool), scores * jnp.float32(self.softmax_scale), -jnp.inf)
+        return self._output(self._einsum("bhst,bthv->bshv", jax.nn.softmax(scores).astype(v.dtype), v))
+
+    def _queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_rope = jnp.split(q.reshape(*x.shape[:2], self.num_heads, -1), [self.d_nope], axis=-1)
+        return q_nope, self.rope.rotate(q_rope, positions)
+
+    def _rows(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [D_LATENT], axis=-1)
+        k_rope = self.rope.rotate(k_rope[:, :, None], positions)[:, :, 0]  # one key for all heads
+        return jnp.concatenate([self.kv_a_layernorm(latent), k_rope], axis=-1)
+
+    def _output(self, heads: jax.Array) -> jax.Array:
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+
+    def _einsum(self, spec: str, a: jax.Array, b: jax.Array, dtype: Any = None) -> jax.Array:
+        return jnp.einsum(spec, a, b, precision=precision(self.dtype), preferred_element_type=dtype or self.dtype)

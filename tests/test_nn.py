@@ -1,0 +1,434 @@
+"""The Flax layer and models: against Hugging Face transformers (recorded logits), and against themselves.
+
+`make_nn_fixtures.py` records the logits; the weights are made again here, from the same seeds.
+"""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import nn_checkpoints
+import numpy as np
+import pytest
+
+nnx = pytest.importorskip("flax.nnx")
+
+from jax_flashmla import flash_mla_with_kvcache  # noqa: E402
+from jax_flashmla.nn import (  # noqa: E402
+    DeepseekConfig,
+    DeepseekForCausalLM,
+    MLAAttention,
+    RopeConfig,
+    deepseek,
+    loading,
+    mla,
+    plan,
+)
+
+EXPECTED = np.load(Path(__file__).parent / "nn_logits.npz")
+TOKENS = nn_checkpoints.TOKENS.astype(np.int32)
+B, LENGTH = TOKENS.shape
+PAGE = 16
+# Shuffled pages; entries past the length are absurd, and page 3 belongs to nobody.
+TABLE = np.array([[5, 0, 7, -1], [1, 6, 2, 2147480000]], np.int32)
+NUM_PAGES = 8
+TOLERANCE = 1e-4
+
+every_config = pytest.mark.parametrize("name", nn_checkpoints.CONFIGS)
+
+
+@functools.cache
+def checkpoint(name, root):
+    config = nn_checkpoints.CONFIGS[name]
+    return nn_checkpoints.save(root / name, config, nn_checkpoints.weights(config), files=3)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture
+def load(root):
+    def load(name, **options):
+        return DeepseekForCausalLM.from_pretrained(checkpoint(name, root), dtype=jnp.float32, progress=False, **options)
+
+    return load
+
+
+def poisoned_caches(model):
+    """What no token wrote is NaN."""
+    return tuple(jnp.full_like(cache, jnp.nan) for cache in model.init_caches(NUM_PAGES, page_size=PAGE))
+
+
+@nnx.jit
+def jitted_step(model, *args):
+    return model(*args)
+
+
+def decode(model, steps, step=jitted_step):
+    """Logits of TOKENS, which go in by `steps` tokens at a time."""
+    caches, logits, length = poisoned_caches(model), [], 0
+    for s in steps:
+        tokens, length = TOKENS[:, length : length + s], length + s
+        out, caches = step(model, jnp.asarray(tokens), caches, jnp.asarray(TABLE), jnp.full(B, length, jnp.int32))
+        logits.append(out)
+    assert length == LENGTH
+    return np.concatenate(logits, axis=1)
+
+
+def difference(logits, name):
+    return float(np.abs(logits - EXPECTED[name]).max())
+
+
+@every_config
+def test_mha_is_what_transformers_computes(name, load):
+    assert difference(nnx.jit(DeepseekForCausalLM.mha)(load(name), jnp.asarray(TOKENS)), name) < TOLERANCE
+
+
+@every_config
+def test_absorbed_prefill_is_what_transformers_computes(name, load):
+    assert difference(decode(load(name), [LENGTH]), name) < TOLERANCE
+
+
+@every_config
+def test_token_by_token_is_what_transformers_computes(name, load):
+    assert difference(decode(load(name), [1] * LENGTH), name) < TOLERANCE
+
+
+@pytest.mark.parametrize("s_q", [2, 3, 4])
+@pytest.mark.parametrize("name", ["v2_lite", "v3"])
+def test_several_tokens_a_step(name, s_q, load):
+    steps = [1] * (LENGTH % s_q) + [s_q] * (LENGTH // s_q)
+    assert difference(decode(load(name), steps), name) < TOLERANCE
+
+
+def test_prefill_by_steps_and_then_single_tokens(load):
+    assert difference(decode(load("v2"), [17, 17, 1, 1, 1, 1, 1, 1]), "v2") < TOLERANCE
+
+
+def test_a_long_prompt_is_cut_into_chunks(load, monkeypatch):
+    """40 tokens in chunks of at most 7: six of 7, two of padding in front."""
+    monkeypatch.setattr(mla, "MAX_CHUNK", 7)
+    seen = []
+
+    def attention(q, *args, **kwargs):
+        seen.append(q.shape)
+        return flash_mla_with_kvcache(q, *args, **kwargs)
+
+    model = load("v3", attention=attention)
+    assert difference(decode(model, [LENGTH], lambda model, *args: model(*args)), "v3") < TOLERANCE
+    assert set(seen) == {(B * 6, 7, 3, 576)}
+
+
+def test_ragged_batch(load):
+    """Sequences of 40 and 9 tokens arrive in steps of at most 16, right-aligned, and each is as if it were alone."""
+    model, lengths = load("v3"), np.array([40, 9])
+    caches, done = poisoned_caches(model), np.zeros(2, np.int32)
+    step = nnx.jit(lambda model, *args: model(*args[:-1], num_new=args[-1]))
+    while (done < lengths).any():
+        new = np.minimum(lengths - done, 16).astype(np.int32)
+        tokens = np.zeros((2, 16), np.int32)
+        for i, n in enumerate(new):
+            tokens[i, 16 - n :] = TOKENS[i, done[i] : done[i] + n]
+        tokens, table, ends, count = map(jnp.asarray, (tokens, TABLE, done + new, new))
+        out, caches = step(model, tokens, caches, table, ends, count)
+        for i, n in enumerate(new):
+            expected = EXPECTED["v3"][i, done[i] : done[i] + n]
+            assert np.abs(np.asarray(out)[i, 16 - n :] - expected).max(initial=0) < TOLERANCE
+        done += new
+    for cache in caches:
+        written = np.isfinite(np.asarray(cache)).all(axis=(2, 3))
+        assert [int(written[row].sum()) for row in ([5, 0, 7], [1], [6, 2, 3, 4])] == [40, 9, 0]
+
+
+# --- every mistake breaks parity ---
+
+
+def rope_positions_off_by_one(rotate):
+    def wrong(self, x, positions):
+        return rotate(self, x, positions + int(x.shape[-2] > 1))  # queries, not keys
+
+    return wrong
+
+
+def no_mask(*args, causal, **kwargs):
+    return flash_mla_with_kvcache(*args, causal=False, **kwargs)
+
+
+def values_first(weight, num_heads, d_nope):
+    w_uk, w_uv = SPLIT(weight, num_heads, d_nope)
+    return w_uv, w_uk
+
+
+def all_keys_first(weight, num_heads, d_nope):
+    return tuple(part.reshape(num_heads, -1, weight.shape[1]) for part in np.split(weight, 2))
+
+
+SPLIT = loading.split_kv_b
+MUTATIONS = {
+    "no mscale in the softmax": lambda m: m.setattr(RopeConfig, "softmax_mscale", 1.0),
+    "mscale not squared": lambda m: m.setattr(
+        RopeConfig, "softmax_mscale", property(lambda self: mla._mscale(self.factor, self.mscale_all_dim) ** 0.5)
+    ),
+    "no factor on cosines and sines": lambda m: m.setattr(RopeConfig, "attention_factor", 1.0),
+    "other pairs": lambda m: m.setattr(
+        deepseek, "_rope_from_hf", lambda config: dataclasses.replace(ROPE(config), interleave=False)
+    ),
+    "no YaRN": lambda m: m.setattr(
+        RopeConfig, "frequencies", lambda self, dim: FREQUENCIES(dataclasses.replace(self, factor=1.0), dim)
+    ),
+    "positions from 0 in every step": lambda m: m.setattr(MLAAttention, "__call__", restarted),
+    "queries one position further": lambda m: m.setattr(
+        RopeConfig, "rotate", rope_positions_off_by_one(RopeConfig.rotate)
+    ),
+    "kv_b is [v | nope]": lambda m: m.setattr(loading, "split_kv_b", values_first),
+    "kv_b is all keys, then all values": lambda m: m.setattr(loading, "split_kv_b", all_keys_first),
+    "norms inside with another eps": lambda m: m.setattr(mla, "LATENT_NORM_EPS", 1e-2),
+}
+ROPE, FREQUENCIES, CALL = deepseek._rope_from_hf, RopeConfig.frequencies, MLAAttention.__call__
+
+
+def restarted(self, x, *args, **kwargs):
+    """Rotates by positions within the step, but writes to the right slots."""
+    rope = self.rope
+
+    class Restarted:
+        def rotate(self, y, positions):
+            return rope.rotate(y, positions - positions[:, :1])
+
+    self.rope = Restarted()
+    try:
+        return CALL(self, x, *args, **kwargs)
+    finally:
+        self.rope = rope
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_every_mistake_shows(mutation, load, monkeypatch):
+    MUTATIONS[mutation](monkeypatch)
+    step = lambda model, *args: model(*args)  # noqa: E731
+    assert difference(decode(load("v3_mscales"), [20, 20], step), "v3_mscales") > 100 * TOLERANCE
+
+
+def test_a_missing_mask_shows(load):
+    assert difference(decode(load("v3_mscales", attention=no_mask), [20, 20]), "v3_mscales") > 100 * TOLERANCE
+
+
+# --- the layer in JAX ---
+
+
+@pytest.fixture
+def layer():
+    rope = RopeConfig(factor=40.0, original_max_position=16, mscale_all_dim=1.0)
+    return MLAAttention(32, 3, q_lora_rank=None, rope=rope, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_layer_with_more_than_one_chunk(layer):
+    x = jax.random.normal(jax.random.key(1), (2, 150, 32))
+    table = jax.random.permutation(jax.random.key(2), 6).astype(jnp.int32).reshape(2, 3)
+    cache = jnp.full_like(layer.init_cache(6), jnp.nan)
+    lengths = jnp.full(2, 150, jnp.int32)
+    y, _ = layer(x, cache, table, lengths)
+    np.testing.assert_allclose(y, layer.mha(x), atol=2e-5, rtol=2e-5)
+    planned, _ = layer(x, cache, table, lengths, metadata=plan(lengths, 150, 3))
+    np.testing.assert_array_equal(planned, y)
+
+
+def test_layer_under_jit_and_scan(layer):
+    """One jitted scan over tokens with the cache as carry gives what nnx.jit gives, and mha."""
+    x = jax.random.normal(jax.random.key(1), (2, 20, 32))
+    table = jnp.array([[3, 0], [1, 2]], jnp.int32)
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def scanned(state, x, cache):
+        layer = nnx.merge(graphdef, state)
+
+        def step(carry, token):
+            cache, length = carry
+            y, cache = layer(token[:, None], cache, table, length + 1)
+            return (cache, length + 1), y[:, 0]
+
+        start = jnp.zeros(2, jnp.int32)
+        (cache, _), y = jax.lax.scan(step, (cache, start), x.swapaxes(0, 1))
+        return y.swapaxes(0, 1), cache
+
+    y, cache = scanned(state, x, layer.init_cache(4, page_size=16))
+    np.testing.assert_allclose(y, layer.mha(x), atol=2e-5, rtol=2e-5)
+    at_once, cache_at_once = nnx.jit(lambda layer, *args: layer(*args))(
+        layer, x, layer.init_cache(4, page_size=16), table, jnp.full(2, 20, jnp.int32)
+    )
+    np.testing.assert_allclose(y, at_once, atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(cache, cache_at_once, atol=1e-5, rtol=1e-5)
+
+
+def test_donated_caches_are_not_copied(load):
+    model = load("v2_lite")
+    graphdef, state = nnx.split(model)
+    step = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args), donate_argnums=2)
+    args = (state, jnp.asarray(TOKENS[:, :1]), model.init_caches(64), jnp.asarray(TABLE), jnp.ones(B, jnp.int32))
+    assert "f32[64,64,1,576]{3,2,1,0} copy(" not in step.lower(*args).compile().as_text()
+
+
+def test_bfloat16_stays_near_float32(root):
+    path = checkpoint("v3", root)
+    model = DeepseekForCausalLM.from_pretrained(path, progress=False)
+    leaves = {str(x.dtype) for x in jax.tree.leaves(nnx.state(model.layers[0]))}
+    assert leaves == {"bfloat16"} and model.layers[1].mlp.gate.kernel.dtype == jnp.float32
+    logits = decode(model, [20, 20])
+    # Loud weights and a choice of experts: most tokens agree, and all of them are finite.
+    assert np.isfinite(logits).all() and np.median(np.abs(logits - EXPECTED["v3"])) < 0.2
+
+
+def test_implementation_is_passed_on(layer):
+    seen = []
+
+    def attention(q, *args, **kwargs):
+        seen.append(kwargs["implementation"])
+        return flash_mla_with_kvcache(q, *args, **kwargs)
+
+    model = MLAAttention(
+        32, 2, q_lora_rank=16, dtype=jnp.float32, attention=attention, implementation="xla", rngs=nnx.Rngs(0)
+    )
+    model(jnp.ones((1, 1, 32)), model.init_cache(1), jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
+    assert seen == ["xla"]
+
+
+def test_logits_to_keep(load):
+    model = load("v2_lite")
+    caches, lengths = model.init_caches(NUM_PAGES, page_size=PAGE), jnp.full(B, LENGTH, jnp.int32)
+    logits, _ = model(jnp.asarray(TOKENS), caches, jnp.asarray(TABLE), lengths, logits_to_keep=1)
+    assert logits.shape == (B, 1, 48)
+    assert np.abs(logits[:, 0] - EXPECTED["v2_lite"][:, -1]).max() < TOLERANCE
+
+
+# --- checkpoints ---
+
+
+def test_float8_blocks_are_dequantised(tmp_path):
+    """Blocks of 128 x 128, the last ones partial; scales in another shard than their weights."""
+    config, tensors = nn_checkpoints.CONFIGS["v3"], {}
+    exact = nn_checkpoints.weights(config)
+    for name, value in exact.items():
+        if not name.endswith(("_proj.weight", "_mqa.weight")):
+            tensors[name] = value
+            continue
+        rows, columns = (-(-size // 128) for size in value.shape)
+        scale = np.zeros((rows, columns), np.float32)
+        quantised = np.zeros(value.shape, ml_dtypes.float8_e4m3fn)
+        for i in range(rows):
+            for j in range(columns):
+                block = np.s_[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
+                scale[i, j] = np.abs(value[block]).max() / 448
+                quantised[block] = (value[block] / scale[i, j]).astype(quantised.dtype)
+                exact[name][block] = quantised[block].astype(np.float32) * scale[i, j]
+        tensors[name], tensors[name + "_scale_inv"] = quantised, scale
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    eight = nn_checkpoints.save(tmp_path / "8", config | {"quantization_config": quantization}, tensors, files=2)
+    full = nn_checkpoints.save(tmp_path / "32", config, exact)
+    models = [DeepseekForCausalLM.from_pretrained(d, dtype=jnp.float32, progress=False) for d in (eight, full)]
+    jax.tree.map(np.testing.assert_array_equal, *map(nnx.state, models))
+
+
+def test_files_of_the_safetensors_library(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, ml_dtypes.bfloat16)}
+    numpy.save_file(tensors, tmp_path / "model.safetensors")
+    for name, tensor in loading.tensors_in(tmp_path).items():
+        np.testing.assert_array_equal(tensor.read(), tensors[name])
+
+
+def test_layers_for_multi_token_prediction_are_skipped(tmp_path):
+    config = nn_checkpoints.CONFIGS["v2_lite"]
+    tensors = nn_checkpoints.weights(config) | {"model.layers.2.eh_proj.weight": np.zeros((2, 2), np.float32)}
+    DeepseekForCausalLM.from_pretrained(nn_checkpoints.save(tmp_path, config, tensors), progress=False)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop("model.layers.1.mlp.experts.5.up_proj.weight"), r"lacks tensors for layers.1.mlp.up_proj"),
+        (lambda t: t.pop("lm_head.weight"), r"lacks tensors for lm_head.kernel"),
+        (lambda t: t.update({"model.extra.weight": np.zeros(3, np.float32)}), r"does not know: model.extra.weight"),
+        (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"must give .* shape \(60,\), got \(3,\)"),
+    ],
+)
+def test_wrong_checkpoints_are_refused(change, words, tmp_path):
+    config = nn_checkpoints.CONFIGS["v2_lite"]
+    tensors = nn_checkpoints.weights(config)
+    change(tensors)
+    with pytest.raises(ValueError, match=words):
+        DeepseekForCausalLM.from_pretrained(nn_checkpoints.save(tmp_path, config, tensors), progress=False)
+
+
+def test_empty_directories_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        DeepseekForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        DeepseekForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"index_topk": 2048}, "sparse attention"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq must be 1"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        ({"topk_method": "dice"}, "topk_method must be"),
+        ({"scoring_func": "softmax"}, "scoring_func and topk_method"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type must be"),
+        ({"rope_scaling": nn_checkpoints.YARN | {"attention_factor": 1.5}}, "attention_factor"),
+    ],
+)
+def test_unsupported_configurations_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        DeepseekConfig.from_hf(nn_checkpoints.CONFIGS["v3"] | change)
+
+
+def test_spellings_of_the_rope_agree():
+    old = nn_checkpoints.CONFIGS["v3"]
+    yarn = {k: v for k, v in old["rope_scaling"].items() if k != "type"}
+    new = old | {"rope_parameters": yarn | {"rope_type": "yarn", "rope_theta": old["rope_theta"]}, "rope_scaling": None}
+    del new["rope_theta"]
+    assert DeepseekConfig.from_hf(new) == DeepseekConfig.from_hf(old)
+
+
+def test_softmax_scales_of_the_published_models():
+    for config, scale in ((DeepseekConfig.v3(), 0.135234), (DeepseekConfig.v2_lite(), 0.114721)):
+        assert 192**-0.5 * config.rope.softmax_mscale**2 == pytest.approx(scale, abs=1e-6)
+
+
+def test_parameters_of_the_published_models():
+    """Billions; nothing is initialised."""
+    published = (DeepseekConfig.v2_lite(), 15.7), (DeepseekConfig.v2(), 235.7), (DeepseekConfig.v3(), 671.0)
+    for config, billions in published:
+        model = nnx.eval_shape(lambda config=config: DeepseekForCausalLM(config, rngs=nnx.Rngs(0)))
+        count = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        assert count / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(ValueError, match="must be 512 and 64, got 256 and 64"):
+        MLAAttention(32, 2, q_lora_rank=None, kv_lora_rank=256, rngs=nnx.Rngs(0))
+
+
+def test_examples_in_docstrings():
+    import doctest
+
+    for module in (mla, deepseek):
+        assert doctest.testmod(module).failed == 0
+
+
+def test_without_flax_the_import_says_what_to_install():
+    code = (
+        "import sys; sys.modules['flax'] = None; sys.modules['flax.nnx'] = None; import jax_flashmla, jax_flashmla.nn"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode and "pip install 'jax-flashmla[flax]'" in result.stderr
