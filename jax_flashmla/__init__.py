@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import kvcache
 from ._native import register_cuda_targets
 from .api import flash_mla_with_kvcache, get_mla_metadata
 from .ops import EXPORT_SAFE
@@ -16,5 +17,6 @@ __all__ = [
     "__version__",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "kvcache",
     "register_cuda_targets",
 ]

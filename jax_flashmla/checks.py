@@ -18,10 +18,11 @@ MAX_TOKENS = 2**31 - 1
 
 
 def array(name: str, value: Any, *, axes: str, dtypes: tuple[str, ...]) -> None:
-    """Checks rank and dtype; `axes` names the axes as the documentation does, such as "b, max_pages"."""
+    """Checks rank and dtype; `axes` names the axes as the documentation does, such as "b, max_pages" or "..., d"."""
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{name} must be an array [{axes}], got {type(value).__name__}; use jnp.asarray")
-    if value.ndim != len(axes.split(",")):
+    any_rank, rank = axes.startswith("..."), len(axes.split(","))
+    if value.ndim < rank - 1 if any_rank else value.ndim != rank:
         raise ValueError(f"{name} must have the axes [{axes}], got shape {value.shape}; reshape it")
     if str(value.dtype) not in dtypes:
         wanted = " or ".join(dtypes)
