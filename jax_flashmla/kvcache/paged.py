@@ -280,6 +280,11 @@ def fp8_format(cache: jax.Array) -> KVFormat | None:
     return FP8_V32 if cache.ndim == 4 and cache.shape[-1] == FP8_V32.token_bytes else FP8_V4
 
 
+def num_slots(cache: jax.Array) -> int:
+    fmt = fp8_format(cache)
+    return cache.shape[0] * (page_size_of(cache.shape, fmt.token_bytes) if fmt else cache.shape[1])
+
+
 def write(cache: jax.Array, rows: jax.Array, slots: jax.Array, fmt: KVFormat) -> jax.Array:
     """Puts packed rows `[t, token]` into their slots; see the head of the file for the way of it."""
     page_size = page_size_of(cache.shape, fmt.token_bytes)
