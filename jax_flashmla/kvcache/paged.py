@@ -264,7 +264,7 @@ def _slots(positions, sequences, block_table, page_size):
     column = jnp.where(inside, positions // page_size, 0)
     page = block_table.at[jnp.where(inside, sequences, 0), column].get(mode="promise_in_bounds")
     # A page so large that its slots pass 2**31 would come out as some other page.
-    inside &= (page >= 0) & (page < (checks.MAX_TOKENS + 1) // page_size)
+    inside &= (page >= 0) & (page <= (checks.MAX_TOKENS + 1) // page_size - 1)
     return jnp.where(inside, jnp.where(inside, page, 0) * page_size + positions % page_size, -1)
 
 

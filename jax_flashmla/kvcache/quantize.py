@@ -77,7 +77,7 @@ def dequantize_kv(rows: jax.Array, *, format: str) -> jax.Array:
 def pack(latent: jax.Array, rope: jax.Array, fmt: KVFormat) -> jax.Array:
     if not fmt.is_fp8:
         return jnp.concatenate([latent.astype(fmt.dtype), rope.astype(fmt.dtype)], axis=-1)
-    tiles = latent.astype(jnp.float32).reshape(*latent.shape[:-1], -1, fmt.tile)
+    tiles = latent.astype(jnp.float32).reshape(*latent.shape[:-1], fmt["scale"].count, fmt.tile)
     finite = jnp.isfinite(tiles)
     exponent = scale_exponent(jnp.where(finite, jnp.abs(tiles), 0).max(axis=-1))
     scaled = tiles * power_of_two(-exponent)[..., None]  # exact, but for what becomes 0 anyway
@@ -100,7 +100,7 @@ def unpack(rows: jax.Array, fmt: KVFormat) -> jax.Array:
     for field in fmt.fields:
         parts[field.name] = from_bytes(rows[..., start : start + field.nbytes], field.dtype)
         start += field.nbytes
-    tiles = parts["latent"].astype(jnp.float32).reshape(*rows.shape[:-1], -1, fmt.tile)
+    tiles = parts["latent"].astype(jnp.float32).reshape(*rows.shape[:-1], fmt["scale"].count, fmt.tile)
     latent = multiply(tiles, scale_bits(parts["scale"])[..., None]).astype(jnp.bfloat16)
     return jnp.concatenate([latent.reshape(parts["latent"].shape), parts["rope"]], axis=-1)
 
@@ -136,11 +136,20 @@ def multiply(x: jax.Array, bits: jax.Array) -> jax.Array:
     return x * factor * jnp.where(subnormal, jnp.float32(2**-74), jnp.float32(1))
 
 
+# Bytes by shifts: a bitcast to or from an array of bytes changes the rank, which jax.export refuses for symbolic shapes.
+
+
 def to_bytes(x: jax.Array) -> jax.Array:
     """The last axis as little-endian bytes."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:-1], x.shape[-1] * x.dtype.itemsize)
+    item = x.dtype.itemsize
+    word = jax.lax.bitcast_convert_type(x, f"uint{8 * item}")
+    shifts = 8 * jnp.arange(item, dtype=word.dtype)
+    return (word[..., None] >> shifts).astype(jnp.uint8).reshape(*x.shape[:-1], x.shape[-1] * item)
 
 
 def from_bytes(x: jax.Array, dtype: str) -> jax.Array:
     item = jnp.dtype(dtype).itemsize
-    return jax.lax.bitcast_convert_type(x if item == 1 else x.reshape(*x.shape[:-1], -1, item), jnp.dtype(dtype))
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // item, item).astype(f"uint{8 * item}")
+    shifts = 8 * jnp.arange(item, dtype=parts.dtype)
+    word = (parts << shifts).sum(axis=-1, dtype=parts.dtype)
+    return jax.lax.bitcast_convert_type(word, dtype)
