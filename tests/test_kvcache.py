@@ -620,7 +620,7 @@ def test_block_table_of_the_allocator():
     assert table[0].tolist() == [*a.pages(z), -1, -1, -1] and table[1].tolist() == [*a.pages(x), -1]
     assert (table[2] == -1).all() and a.cache_seqlens([z, x, y]).tolist() == [4, 9, 0]
     assert a.block_table([]).shape == (0, 1) and a.cache_seqlens([]).dtype == np.int32
-    with pytest.raises(ValueError, match="max_pages must be at least 3.*got 2"):
+    with pytest.raises(ValueError, match=r"max_pages must be at least 3.*got 2"):
         a.block_table([x], max_pages=2)
 
 
@@ -660,7 +660,7 @@ def test_num_pages_that_fit():
     assert fit("fp8_v32", 10) == 800 and fit("fp8_v32", 10, 0.5) == 400 and fit("fp8_v32", 1, 0.1) == 0
     assert fit("fp8_v32", 10, 1.0, page_size=32) == 1800 and fit("bf16", 10, head_dim=512) == 800 * 656 // 1024
     assert fit("fp8_v4", 10, padded=True) == 800 * 656 * 64 // 37440 and fit("fp8_v4", 10) == 800 * 656 // 584
-    with pytest.raises(RuntimeError, match="device must tell how much memory it has.*choose num_pages yourself"):
+    with pytest.raises(RuntimeError, match=r"device must tell how much memory it has.*choose num_pages yourself"):
         fit("bf16", 1, device=SimpleNamespace(memory_stats=lambda: None))
 
 

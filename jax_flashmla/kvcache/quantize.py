@@ -136,7 +136,7 @@ def multiply(x: jax.Array, bits: jax.Array) -> jax.Array:
     return x * factor * jnp.where(subnormal, jnp.float32(2**-74), jnp.float32(1))
 
 
-# Bytes by shifts: a bitcast to or from an array of bytes changes the rank, which jax.export refuses for symbolic shapes.
+# Bytes by shifts: a bitcast that changes the rank does not survive jax.export with symbolic shapes.
 
 
 def to_bytes(x: jax.Array) -> jax.Array:
