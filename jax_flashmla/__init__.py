@@ -2,8 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import kvcache
 from ._native import register_cuda_targets
-from .api import flash_mla_with_kvcache, get_mla_metadata
+from .api import flash_mla_with_kvcache, get_mla_metadata, merge_attention_states
 from .ops import EXPORT_SAFE
 
 try:
@@ -16,5 +17,7 @@ __all__ = [
     "__version__",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "kvcache",
+    "merge_attention_states",
     "register_cuda_targets",
 ]

@@ -22,7 +22,7 @@ class Op(NamedTuple):
     """An op as the layers above call it: `op(*operands, implementation=None, **attributes)`."""
 
     name: str
-    target: str
+    target: str | None
     reference: Callable[..., Sequence[jax.Array]]
     unsupported: Callable[..., str | None]
     forward: Callable[..., Sequence[jax.Array]]
@@ -45,10 +45,10 @@ OPS: dict[str, Op] = {}
 def define(
     name: str,
     *,
-    target: str,
+    target: str | None = None,
     shapes: Callable[..., Sequence[jax.ShapeDtypeStruct]],
     reference: Callable[..., Sequence[jax.Array]],
-    cuda: Callable[..., Sequence[jax.Array]],
+    cuda: Callable[..., Sequence[jax.Array]] | None = None,
     batch: Callable[..., Sequence[jax.Array]],
     unsupported: Callable[..., str | None] = lambda *operands: None,
 ) -> Op:
@@ -56,10 +56,11 @@ def define(
 
     Args:
       name: the op's name in every layer.
-      target: the XLA custom call that `cuda` uses.
+      target: the XLA custom call that `cuda` uses; None while there is no kernel.
       shapes: the results' shapes and dtypes.
       reference: the op in jnp; lowered on every platform that is not CUDA, and on CUDA when the kernels cannot run.
-      cuda: the op as JAX code around `jax.ffi.ffi_call`; may call other ops.
+      cuda: the op as JAX code around `jax.ffi.ffi_call`; may call other ops. None while there is no kernel: then
+        `unsupported` must refuse every operand.
       batch: `(bind, size, operands, mapped) -> results`: folds the leading vmapped axis of the operands flagged in
         `mapped` into an axis that the op has, calls `bind(*operands)`, and gives every result a leading axis again.
       unsupported: why no kernel takes these operands, in words; None when one does.
@@ -72,7 +73,7 @@ def define(
         return [jax.core.ShapedArray(result.shape, result.dtype) for result in shapes(*avals, **attributes)]
 
     lower_reference = mlir.lower_fun(reference, multiple_results=True)
-    lower_cuda = mlir.lower_fun(cuda, multiple_results=True)
+    lower_cuda = mlir.lower_fun(cuda or reference, multiple_results=True)
 
     def lower_elsewhere(ctx, *operands, insist, **attributes):
         if insist:
@@ -93,7 +94,8 @@ def define(
         return lower_reference(ctx, *operands, **attributes)
 
     mlir.register_lowering(primitive, lower_elsewhere)
-    mlir.register_lowering(primitive, lower_on_cuda, platform="cuda")
+    if cuda:
+        mlir.register_lowering(primitive, lower_on_cuda, platform="cuda")
 
     def eager(params, *operands):
         return primitive.bind(*operands, **dict(params))

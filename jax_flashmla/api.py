@@ -1,9 +1,12 @@
 """What users call. Names and argument order follow FlashMLA; conventions follow JAX."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from . import checks, ops
+from .kvcache import arguments
 from .ops.schedule import METADATA_WIDTH, num_parts
 
 
@@ -46,7 +49,11 @@ def get_mla_metadata(
       >>> metadata.shape[1], num_splits.shape
       (8, (4,))
     """
-    checks.dense_only(is_fp8_kvcache=(is_fp8_kvcache, False), topk=(topk, None))
+    checks.not_used(
+        "plans are for dense bfloat16/float16 decode only in this version of jax_flashmla; sparse decode needs none",
+        is_fp8_kvcache=(is_fp8_kvcache, False),
+        topk=(topk, None),
+    )
     checks.array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
     rows = checks.integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, minimum=1)
     h_kv = checks.integer("num_heads_k", num_heads_k, minimum=1)
@@ -87,23 +94,39 @@ def flash_mla_with_kvcache(
     Every query head attends to the `[latent | rope]` rows of the cache that its group of heads shares; the values are
     the first 512 columns of the same rows. Scores, softmax and sums are in float32.
 
+    Dense without `indices`: each sequence attends to its pages in `block_table`. Sparse with `indices`: each query
+    token attends to the tokens that its row of `indices` names, in a plain cache or in one of the fp8 formats of
+    `jax_flashmla.kvcache`. Sparse decode has no CUDA kernel in this version and runs through the XLA reference.
+
     Args:
-      q: bfloat16 or float16 `[b, s_q, h_q, d_qk]` with `d_qk` 576 or 512; float32 runs through the reference.
-      k_cache: q's dtype, `[P, page_size, h_kv, d_qk]`, a pool of pages of 16, 32, 64 (fastest), 128 or 256 tokens.
-        Slots that no sequence uses may hold anything, NaN too.
+      q: bfloat16 or float16 `[b, s_q, h_q, d_qk]` with `d_qk` 576 or 512; float32 runs through the reference. bfloat16
+        or float32 for fp8 caches.
+      k_cache: q's dtype, `[P, page_size, h_kv, d_qk]`, a pool of pages of 16, 32, 64 (fastest), 128 or 256 tokens; with
+        `indices` any page size, and h_kv = 1. fp8: uint8 or float8_e4m3fn, `[P, page_size, 1, 656]` (`fp8_v32`, d_qk
+        576), `[P, page_size, 1, 584]` or padded `[P, bytes of a page]` (`fp8_v4`, d_qk 512). Slots that no sequence
+        uses may hold anything, NaN too.
       block_table: int32 `[b, max_pages]`, the pages of each sequence in order. Entries past the length are not read;
-        tokens of a page outside `[0, P)` are ignored.
+        tokens of a page outside `[0, P)` are ignored. Not read with `indices`: None will do.
       cache_seqlens: int32 `[b]`, keys per sequence, the new tokens included (write first, then attend). 0 is legal;
-        lengths are clamped to `[0, max_pages * page_size]`.
+        lengths are clamped to `[0, max_pages * page_size]`. Not read with `indices`: None will do.
       head_dim_v: 512.
-      tile_scheduler_metadata: int32 `[num_parts, 8]` from `get_mla_metadata`; None plans inside.
-      num_splits: int32 `[b + 1]` from `get_mla_metadata`; None plans inside.
+      tile_scheduler_metadata: int32 `[num_parts, 8]` from `get_mla_metadata`; None plans inside. None with `indices`.
+      num_splits: int32 `[b + 1]` from `get_mla_metadata`; None plans inside. None with `indices`.
       softmax_scale: static number; None means `d_qk ** -0.5`.
-      causal: static; query token i sees the keys `j <= cache_seqlens - s_q + i`.
-      is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length,
-        descale_q, descale_k: FlashMLA's arguments for fp8 and sparse caches, not in this version.
-      implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else the XLA
-        reference; "cuda" insists on the kernel; "xla" forces the reference, which is differentiable.
+      causal: static; query token i sees the keys `j <= cache_seqlens - s_q + i`. False with `indices`.
+      is_fp8_kvcache: static; whether the caches are in an fp8 format. Needs `indices`.
+      indices: int32 `[b, s_q, topk]`, slots `page * page_size + offset`, from `kvcache.topk_to_slots`. Negative and too
+        large ones are ignored, wherever they stand; one that stands twice counts twice.
+      attn_sink: float32 `[h_q]`, with `indices` only: out is multiplied by `exp(lse) / (exp(lse) + exp(attn_sink))`, so
+        that -inf has no effect and +inf gives 0. lse does not change.
+      extra_k_cache: a second pool of the same format, of any page size, attended to in the same softmax.
+      extra_indices_in_kvcache: int32 `[b, s_q, extra_topk]`, slots of `extra_k_cache`.
+      topk_length: int32 `[b]`, with `indices` only: how many columns of `indices` count, those beyond are not read.
+        None is all of them.
+      extra_topk_length: int32 `[b]`, the same for `extra_indices_in_kvcache`.
+      descale_q, descale_k: FlashMLA's arguments for dense fp8 caches, not in this version.
+      implementation: None takes the CUDA kernel where there is one and the computation is lowered for a Hopper GPU,
+        else the XLA reference; "cuda" insists on the kernel; "xla" forces the reference, which is differentiable.
 
     Returns:
       `out`, q's dtype, `[b, s_q, h_q, 512]`, and `softmax_lse`, float32 `[b, h_q, s_q]`, the natural logarithm of the
@@ -111,9 +134,10 @@ def flash_mla_with_kvcache(
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or is traced and must be static; the
-        message says which, what was expected, and what to do. `vmap` over `k_cache` is a ValueError too.
-      NotImplementedError: an argument for fp8 or sparse caches is used; or the call is differentiated without
-        `implementation="xla"`.
+        message says which, what was expected, and what to do. `vmap` over the `k_cache` of dense decode is a ValueError
+        too, and so is `implementation="cuda"` with `indices`, for which there is no kernel.
+      NotImplementedError: an argument for sparse decode is used without `indices`, or one that this version does not
+        have; or the call is differentiated without `implementation="xla"`.
       RuntimeError: `implementation="cuda"` and there is no Hopper GPU or no CUDA build.
 
     Source: DeepSeek-V2, arXiv:2405.04434 (the absorbed form of MLA); FlashMLA, github.com/deepseek-ai/FlashMLA.
@@ -129,10 +153,57 @@ def flash_mla_with_kvcache(
       ...     q, k_cache, block_table, cache_seqlens, 512, metadata, num_splits, causal=True)
       >>> out.shape, str(out.dtype), lse.shape
       ((2, 1, 16, 512), 'bfloat16', (2, 16, 1))
+
+      Sparse, over an fp8 cache; the second sequence names one token and nothing else:
+
+      >>> from jax_flashmla import kvcache
+      >>> rows = jax.random.normal(jax.random.key(2), (3, 576), jnp.bfloat16)
+      >>> slots = jnp.array([5, 64, 130], jnp.int32)
+      >>> k_cache = kvcache.init_kv_cache(8, "fp8_v32")
+      >>> k_cache = kvcache.append_kv_cache(k_cache, rows[:, :512], rows[:, 512:], slots, format="fp8_v32")
+      >>> indices = jnp.array([[[5, 64, 130]], [[-1, 130, -1]]], jnp.int32)
+      >>> out, lse = jax_flashmla.flash_mla_with_kvcache(
+      ...     q, k_cache, None, None, 512, is_fp8_kvcache=True, indices=indices)
+      >>> row = kvcache.dequantize_kv(k_cache[2, 2], format="fp8_v32")  # slot 130: page 2, offset 2
+      >>> bool((out[1, 0, 0] == row[0, :512]).all())
+      True
     """
-    checks.dense_only(
+    checks.implementation(implementation)
+    head_dim_v = checks.integer("head_dim_v", head_dim_v, minimum=1)
+    is_fp8_kvcache = checks.flag("is_fp8_kvcache", is_fp8_kvcache)
+    if indices is not None:
+        checks.not_used(
+            "in this version of jax_flashmla sparse decode takes no plan, and no scales beside those in the cache",
+            tile_scheduler_metadata=(tile_scheduler_metadata, None),
+            num_splits=(num_splits, None),
+            descale_q=(descale_q, None),
+            descale_k=(descale_k, None),
+        )
+        d_qk = arguments.sparse_pool("k_cache", k_cache, is_fp8=is_fp8_kvcache)
+        causal = checks.flag("causal", causal)
+        checks.sparse_decode(q, k_cache, indices, topk_length, attn_sink, d_qk=d_qk, d_v=head_dim_v, causal=causal)
+        if (extra_k_cache is None) != (extra_indices_in_kvcache is None):
+            raise ValueError("extra_k_cache and extra_indices_in_kvcache must be given together; pass both or neither")
+        if extra_k_cache is not None:
+            d_extra = arguments.sparse_pool("extra_k_cache", extra_k_cache, is_fp8=is_fp8_kvcache)
+            checks.extra_cache(k_cache, d_qk, extra_k_cache, d_extra)
+        checks.extra_indices(q, extra_indices_in_kvcache, extra_topk_length)
+        softmax_scale = checks.scale("softmax_scale", softmax_scale, default=d_qk**-0.5)
+        operands = checks.to_jax(
+            q,
+            k_cache,
+            indices,
+            _or_empty(topk_length, jnp.int32),
+            _or_empty(attn_sink, jnp.float32),
+            _or_empty(extra_k_cache, k_cache.dtype),
+            _or_empty(extra_indices_in_kvcache, jnp.int32),
+            _or_empty(extra_topk_length, jnp.int32),
+        )
+        out, lse = ops.sparse_decode(*operands, softmax_scale=softmax_scale, implementation=implementation)
+        return out, lse
+    checks.not_used(
+        "without indices this version of jax_flashmla has dense bfloat16/float16 decode only",
         is_fp8_kvcache=(is_fp8_kvcache, False),
-        indices=(indices, None),
         attn_sink=(attn_sink, None),
         extra_k_cache=(extra_k_cache, None),
         extra_indices_in_kvcache=(extra_indices_in_kvcache, None),
@@ -141,13 +212,58 @@ def flash_mla_with_kvcache(
         descale_q=(descale_q, None),
         descale_k=(descale_k, None),
     )
-    checks.implementation(implementation)
-    head_dim_v = checks.integer("head_dim_v", head_dim_v, minimum=1)
     checks.dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, head_dim_v)
     softmax_scale = checks.scale("softmax_scale", softmax_scale, default=q.shape[-1] ** -0.5)
     causal = checks.flag("causal", causal)
-    if tile_scheduler_metadata is None:  # an optional operand is an empty array
+    if tile_scheduler_metadata is None:
         tile_scheduler_metadata, num_splits = jnp.zeros((0, METADATA_WIDTH), jnp.int32), jnp.zeros(0, jnp.int32)
     operands = checks.to_jax(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits)
     out, lse = ops.dense_decode(*operands, softmax_scale=softmax_scale, causal=causal, implementation=implementation)
     return out, lse
+
+
+def merge_attention_states(
+    out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Joins attention over two disjoint sets of keys into attention over both, in float32.
+
+    Args:
+      out_a: bfloat16, float16 or float32 `[b, s_q, h_q, d_v]`, the output over the first set.
+      lse_a: float32 `[b, h_q, s_q]`, its logarithm of the sum of exponentials; -inf where the set is empty, and then
+        out_a may hold anything.
+      out_b: as out_a, over the second set.
+      lse_b: as lse_a.
+
+    Returns:
+      `out`, out_a's dtype, `[b, s_q, h_q, d_v]`, and `lse`, float32 `[b, h_q, s_q]`; 0 and -inf where both are empty.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong type, dtype or shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_flashmla
+      >>> ones, lse = jnp.ones((1, 1, 2, 512)), jnp.zeros((1, 2, 1))
+      >>> out, total = jax_flashmla.merge_attention_states(ones, lse, 3 * ones, lse)
+      >>> float(out[0, 0, 0, 0]), float(total[0, 0, 0])
+      (2.0, 0.6931471824645996)
+    """
+    checks.attention_state("a", out_a, lse_a, like=out_a)
+    checks.attention_state("b", out_b, lse_b, like=out_a)
+    out_a, lse_a, out_b, lse_b = checks.to_jax(out_a, lse_a, out_b, lse_b)
+    peak = jnp.maximum(lse_a, lse_b)
+    shift = jnp.where(peak == -jnp.inf, 0, peak)  # -inf - -inf is NaN
+    weights = jnp.exp(lse_a - shift), jnp.exp(lse_b - shift)
+    total = weights[0] + weights[1]
+    divisor = jnp.where(total == 0, 1, total)
+
+    def part(out, weight):
+        share = (weight / divisor).swapaxes(1, 2)[..., None]
+        return jnp.where(share == 0, 0, out.astype(jnp.float32) * share)  # an empty side may hold NaN
+
+    out = part(out_a, weights[0]) + part(out_b, weights[1])
+    return out.astype(out_a.dtype), jnp.where(total == 0, -jnp.inf, shift + jnp.log(divisor))
+
+
+def _or_empty(value: jax.Array | None, dtype: Any) -> jax.Array:
+    """An operand that is not used is an empty array."""
+    return jnp.zeros(0, dtype) if value is None else value

@@ -18,10 +18,11 @@ MAX_TOKENS = 2**31 - 1
 
 
 def array(name: str, value: Any, *, axes: str, dtypes: tuple[str, ...]) -> None:
-    """Checks rank and dtype; `axes` names the axes as the documentation does, such as "b, max_pages"."""
+    """Checks rank and dtype; `axes` names the axes as the documentation does, such as "b, max_pages" or "..., d"."""
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{name} must be an array [{axes}], got {type(value).__name__}; use jnp.asarray")
-    if value.ndim != len(axes.split(",")):
+    any_rank, rank = axes.startswith("..."), len(axes.split(","))
+    if value.ndim < rank - 1 if any_rank else value.ndim != rank:
         raise ValueError(f"{name} must have the axes [{axes}], got shape {value.shape}; reshape it")
     if str(value.dtype) not in dtypes:
         wanted = " or ".join(dtypes)
@@ -53,10 +54,7 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata
         raise ValueError(
             f"k_cache must have q's d_qk = {d_qk}, got shape {k_cache.shape}; its last axis is [latent | rope]"
         )
-    if head_dim_v != HEAD_DIM_V:
-        raise ValueError(
-            f"head_dim_v must be {HEAD_DIM_V}, got {head_dim_v}; slice the output if you need fewer columns"
-        )
+    value_dim(head_dim_v)
     if page_size not in PAGE_SIZES:
         raise ValueError(f"k_cache must have a page_size of {PAGE_SIZES}, got shape {k_cache.shape}; 64 is the fastest")
     if num_pages == 0:
@@ -87,6 +85,81 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata
             raise ValueError(f"tile_scheduler_metadata must have at least one part, got shape (0, ...); {remedy}")
         shape("tile_scheduler_metadata", tile_scheduler_metadata, (parts, 8), axes="num_parts, 8", remedy=remedy)
         shape("num_splits", num_splits, (b + 1,), axes="b + 1", remedy=remedy)
+
+
+def value_dim(head_dim_v: int) -> None:
+    if head_dim_v != HEAD_DIM_V:
+        raise ValueError(
+            f"head_dim_v must be {HEAD_DIM_V}, got {head_dim_v}; slice the output if you need fewer columns"
+        )
+
+
+def sparse_decode(q, k_cache, indices, topk_length, attn_sink, *, d_qk: int, d_v: int, causal: bool) -> None:
+    """`d_qk`: that of k_cache, which is a pool that sparse decode takes."""
+    array("q", q, axes="b, s_q, h_q, d_qk", dtypes=REFERENCE_DTYPES)
+    b, s_q, h_q, d_q = q.shape
+    is_fp8 = k_cache.dtype.itemsize == 1
+    if is_fp8 and q.dtype == jnp.float16:
+        raise TypeError("q must be bfloat16 for an fp8 cache, got float16; cast it with q.astype(jnp.bfloat16)")
+    if not is_fp8 and k_cache.dtype != q.dtype:
+        raise TypeError(f"k_cache must have q's dtype {q.dtype}, got {k_cache.dtype}; cast q to the dtype of the cache")
+    if d_q != d_qk:
+        raise ValueError(f"q must have k_cache's d_qk = {d_qk}, got shape {q.shape}; absorb the heads to that width")
+    value_dim(d_v)
+    if s_q == 0 or h_q == 0:
+        raise ValueError(f"q must have at least one query token and one head, got shape {q.shape}")
+    if causal:
+        raise ValueError("causal must be False with indices, got True; let indices name only tokens that may be seen")
+    token_indices("indices", indices, "topk", q)
+    topk_lengths("topk_length", topk_length, b)
+    if attn_sink is not None:
+        array("attn_sink", attn_sink, axes="h_q", dtypes=("float32",))
+        shape("attn_sink", attn_sink, (h_q,), axes="h_q", remedy="give one sink per query head")
+
+
+def extra_cache(k_cache, d_qk: int, extra_k_cache, d_extra: int) -> None:
+    """Both caches must be of one format; their page sizes may differ."""
+    if (d_extra, extra_k_cache.dtype) != (d_qk, k_cache.dtype):
+        raise ValueError(
+            f"extra_k_cache must be of k_cache's format, {k_cache.dtype} with d_qk = {d_qk}, got "
+            f"{extra_k_cache.dtype} with d_qk = {d_extra}; make both with the same format"
+        )
+
+
+def extra_indices(q, indices, topk_length) -> None:
+    if indices is not None:
+        token_indices("extra_indices_in_kvcache", indices, "extra_topk", q)
+    elif topk_length is not None:
+        raise ValueError("extra_topk_length must be None without extra_k_cache, got a length; pass the cache as well")
+    topk_lengths("extra_topk_length", topk_length, q.shape[0])
+
+
+def token_indices(name: str, value: Any, topk: str, q: Any) -> None:
+    array(name, value, axes=f"b, s_q, {topk}", dtypes=("int32",))
+    b, s_q, _, _ = q.shape
+    remedy = "give one row per query token"
+    shape(name, value, (b, s_q, value.shape[2]), axes=f"b, s_q, {topk}", remedy=remedy)
+    if value.shape[2] == 0:
+        raise ValueError(f"{name} must have at least one column, got shape {value.shape}; -1 names no token")
+
+
+def topk_lengths(name: str, value: Any, b: Any) -> None:
+    if value is not None:
+        array(name, value, axes="b", dtypes=("int32",))
+        shape(name, value, (b,), axes="b", remedy="give one length per sequence of q")
+
+
+def attention_state(side: str, out: Any, lse: Any, *, like: Any) -> None:
+    array(f"out_{side}", out, axes="b, s_q, h_q, d_v", dtypes=REFERENCE_DTYPES)
+    array(f"lse_{side}", lse, axes="b, h_q, s_q", dtypes=("float32",))
+    b, s_q, h_q, _ = out.shape
+    remedy = "give both results of the same attention"
+    shape(f"lse_{side}", lse, (b, h_q, s_q), axes="b, h_q, s_q", remedy=remedy)
+    if (out.shape, out.dtype) != (like.shape, like.dtype):
+        raise ValueError(
+            f"out_{side} must be like out_a, {like.dtype} {like.shape}, got {out.dtype} {out.shape}; "
+            "both sides come from the same queries"
+        )
 
 
 def invariant_batch(b: int, batch_invariant: bool) -> None:
@@ -144,14 +217,11 @@ def scale(name: str, value: Any, *, default: float) -> float:
     return result
 
 
-def dense_only(**arguments: tuple[Any, Any]) -> None:
+def not_used(reason: str, **arguments: tuple[Any, Any]) -> None:
     """Refuses what this version does not have; each argument comes with the value that means "not used"."""
     for name, (value, unused) in arguments.items():
         if value is not unused:
-            raise NotImplementedError(
-                f"{name} is not supported: this version of jax_flashmla has dense bfloat16/float16 decode only; "
-                f"leave {name} at its default {unused}"
-            )
+            raise NotImplementedError(f"{name} is not supported: {reason}; leave {name} at its default {unused}")
 
 
 def to_jax(*arrays: Any) -> list[jax.Array]:

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from ._primitive import match_varying
+from .kvcache.paged import num_slots, read
 
 D_V = 512
 
 # One scan step reads this many keys per sequence: enough to keep matrix units busy, little enough that the gathered
 # pages and the scores stay small beside the pool, however long the context is.
 CHUNK_TOKENS = 512
+CHUNK_INDICES = 128  # the same for sparse decode, where every query token has keys of its own
 
 # The integers of the plan, the same in the CUDA planner: a KV block is 64 tokens; starting on a sequence costs about as
 # much as 5 blocks; the kernel works on blocks in pairs, so a split has two at least; merging partial results costs
@@ -50,7 +52,6 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_spli
     starts = chunk_tokens * jnp.arange(steps, dtype=jnp.int32)
 
     def attend(state, page, start):
-        peak, total, acc = state
         position = start + jnp.arange(chunk_tokens, dtype=jnp.int32)
         exists = (page >= 0) & (page < num_pages)
         readable = jnp.repeat(exists, page_size, axis=1) & (position < lengths[:, None])
@@ -60,17 +61,7 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_spli
         scores = jnp.einsum("bkrd,btkd->bkrt", q, keys, precision=precision, preferred_element_type=jnp.float32)
         visible = readable[:, None, None, :] & (position < seen[:, None, :, None])
         scores = jnp.where(visible, scores * jnp.float32(softmax_scale), -jnp.inf)
-        # The maximum cancels out of the result, so it needs no gradient. A row that has seen no key yet keeps -inf,
-        # and -inf - -inf is NaN: such a row is shifted by 0.
-        new_peak = jnp.maximum(peak, jax.lax.stop_gradient(scores.max(axis=-1)))
-        shift = jnp.where(new_peak == -jnp.inf, 0, new_peak)
-        p = jnp.exp(scores - shift[..., None])
-        rescale = jnp.exp(peak - shift)
-        values = keys[..., :D_V]
-        products = jnp.einsum(
-            "bkrt,btkd->bkrd", p.astype(values.dtype), values, precision=precision, preferred_element_type=jnp.float32
-        )
-        return new_peak, total * rescale + p.sum(axis=-1), acc * rescale[..., None] + products
+        return _accumulate(state, scores, "bkrt,btkd->bkrd", keys[..., :D_V], precision)
 
     def step(state, chunk):
         page, start = chunk
@@ -83,14 +74,91 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_spli
         jnp.zeros((b, h_kv, rows, D_V), jnp.float32),
     )
     state = tuple(match_varying(x, q, k_cache, block_table, lengths) for x in state)
-    (peak, total, acc), _ = jax.lax.scan(step, state, (pages, starts))
+    state, _ = jax.lax.scan(step, state, (pages, starts))
 
+    out, lse = _normalise(state)
+    out = out.astype(q.dtype).reshape(b, h_kv, s_q, group, D_V).transpose(0, 2, 1, 3, 4).reshape(b, s_q, h_q, D_V)
+    return out, lse.reshape(b, h_kv, s_q, group).swapaxes(2, 3).reshape(b, h_q, s_q)
+
+
+def _accumulate(state, scores, product, values, precision):
+    """One step of the online softmax: `product` is the einsum of probabilities and values."""
+    peak, total, acc = state
+    # The maximum cancels out of the result, so it needs no gradient. A row that has seen no key yet keeps -inf,
+    # and -inf - -inf is NaN: such a row is shifted by 0.
+    new_peak = jnp.maximum(peak, jax.lax.stop_gradient(scores.max(axis=-1)))
+    shift = jnp.where(new_peak == -jnp.inf, 0, new_peak)
+    p = jnp.exp(scores - shift[..., None])
+    rescale = jnp.exp(peak - shift)
+    products = jnp.einsum(
+        product, p.astype(values.dtype), values, precision=precision, preferred_element_type=jnp.float32
+    )
+    return new_peak, total * rescale + p.sum(axis=-1), acc * rescale[..., None] + products
+
+
+def _normalise(state):
+    peak, total, acc = state
     empty = total == 0
     divisor = jnp.where(empty, 1, total)
-    out = (acc / divisor[..., None]).astype(q.dtype)
-    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(divisor))
-    out = out.reshape(b, h_kv, s_q, group, D_V).transpose(0, 2, 1, 3, 4).reshape(b, s_q, h_q, D_V)
-    return out, lse.reshape(b, h_kv, s_q, group).swapaxes(2, 3).reshape(b, h_q, s_q)
+    return acc / divisor[..., None], jnp.where(empty, -jnp.inf, peak + jnp.log(divisor))
+
+
+def sparse_decode(
+    q,
+    k_cache,
+    indices,
+    topk_length,
+    attn_sink,
+    extra_k_cache,
+    extra_indices,
+    extra_topk_length,
+    *,
+    softmax_scale,
+):
+    """Online softmax over chunks of indices, then over those of the extra cache; differentiable in plain rows.
+
+    An operand that is not used has the shape (0,).
+    """
+    b, s_q, h_q, _ = q.shape
+    sources = (k_cache, indices, topk_length), (extra_k_cache, extra_indices, extra_topk_length)
+    state: tuple[jax.Array, ...] = (
+        jnp.full((b, s_q, h_q), -jnp.inf, jnp.float32),
+        jnp.zeros((b, s_q, h_q), jnp.float32),
+        jnp.zeros((b, s_q, h_q, D_V), jnp.float32),
+    )
+    state = tuple(match_varying(x, q, *sources[0], *sources[1]) for x in state)
+    for source in sources[: 1 if extra_k_cache.ndim == 1 else 2]:
+        state = _attend_to_indices(state, q, *source, softmax_scale)
+    out, lse = _normalise(state)
+    if attn_sink.shape[0] != 0:
+        # exp(lse) / (exp(lse) + exp(sink)); without a key and with a sink of -inf it would be NaN.
+        out = jnp.where(lse[..., None] == -jnp.inf, 0, out * jax.nn.sigmoid(lse - attn_sink)[..., None])
+    return out.astype(q.dtype), lse.swapaxes(1, 2)
+
+
+def _attend_to_indices(state, q, k_cache, indices, topk_length, softmax_scale):
+    b, s_q, topk = indices.shape
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    lengths = topk_length if topk_length.shape[0] != 0 else jnp.full(b, topk, jnp.int32)
+    steps = -(-topk // CHUNK_INDICES)
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, steps * CHUNK_INDICES - topk)), constant_values=-1)
+    chunks = jnp.moveaxis(indices.reshape(b, s_q, steps, CHUNK_INDICES), 2, 0)
+    starts = CHUNK_INDICES * jnp.arange(steps, dtype=jnp.int32)
+
+    def attend(state, slots, start):
+        position = start + jnp.arange(CHUNK_INDICES, dtype=jnp.int32)
+        visible = (slots >= 0) & (slots < num_slots(k_cache)) & (position < lengths[:, None, None])
+        keys = read(k_cache, jnp.where(visible, slots, 0)).astype(q.dtype)
+        keys = jnp.where(visible[..., None], keys, 0)  # slot 0 may hold NaN, and 0 * NaN is NaN
+        scores = jnp.einsum("bshd,bstd->bsht", q, keys, precision=precision, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible[:, :, None], scores * jnp.float32(softmax_scale), -jnp.inf)
+        return _accumulate(state, scores, "bsht,bstd->bshd", keys[..., :D_V], precision)
+
+    def step(state, chunk):
+        slots, start = chunk
+        return jax.lax.cond(start < lengths.max(initial=0), attend, lambda state, *_: state, state, slots, start), None
+
+    return jax.lax.scan(step, state, (chunks, starts))[0]
 
 
 def schedule(cache_seqlens, *, parts, batch_invariant):

@@ -15,9 +15,10 @@ import textwrap
 from pathlib import Path
 
 import jax_flashmla
+from jax_flashmla import kvcache
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-SECTION = re.compile(r"^(Args|Returns|Raises|Example|Source):\s*(.*)$")
+SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example|Source):\s*(.*)$")
 ENTRY = re.compile(r"^  (\S[^:]*): (.*)$")
 
 HEAD = """# API
@@ -81,25 +82,51 @@ def markdown(doc: str) -> str:
             break
         elif section == "Example":
             example.append(line)
-        elif section in ("Args", "Raises") and (entry := ENTRY.match(line)):
+        elif section in ("Args", "Attributes", "Raises") and (entry := ENTRY.match(line)):
             names = ", ".join(f"`{name.strip()}`" for name in entry.group(1).split(","))
             out.append(f"- {names}: {entry.group(2)}")
         elif section:
-            indent = "  " if section in ("Args", "Raises") and line else ""
+            indent = "  " if section in ("Args", "Attributes", "Raises") and line else ""
             out.append(indent + line.strip())
         else:
             out.append(line)
     return "\n".join(out).rstrip() + "\n"
 
 
+def section(name: str, value: object) -> str:
+    body = markdown(inspect.getdoc(value) or "")
+    if inspect.isclass(value) and issubclass(value, Exception):  # its signature says nothing
+        return f"## `{name}`\n\n{body}"
+    return f"## `{name}`\n\n```python\n{signature(value)}\n```\n\n{body}"
+
+
+def methods(value: object) -> list[tuple[str, str]]:
+    """Public methods and properties of a class that are documented, with the first paragraph of each."""
+    found = []
+    for name, member in vars(value).items() if inspect.isclass(value) else ():
+        doc = inspect.getdoc(member)
+        if name.startswith("_") or not doc or not (inspect.isfunction(member) or isinstance(member, property)):
+            continue
+        text = name
+        if inspect.isfunction(member):
+            text = re.sub(r"\(\s*self,?\s*", "(", " ".join(signature(member).split())).replace(", )", ")")
+        found.append((text, " ".join(doc.split("\n\n")[0].split())))
+    return found
+
+
 def page() -> str:
     parts = [HEAD]
     functions = [name for name in jax_flashmla.__all__ if inspect.isfunction(getattr(jax_flashmla, name))]
     for name in sorted(functions, key=lambda name: (name != "flash_mla_with_kvcache", name)):
-        function = getattr(jax_flashmla, name)
-        body = markdown(inspect.getdoc(function) or "")
-        parts.append(f"## `{name}`\n\n```python\n{signature(function)}\n```\n\n{body}")
+        parts.append(section(name, getattr(jax_flashmla, name)))
     parts.append(EXPORT)
+    for name in kvcache.__all__:
+        value = getattr(kvcache, name)
+        if callable(value):
+            parts.append(section(f"kvcache.{name}", value))
+            if members := methods(value):
+                parts.append("**Methods and properties**\n")
+                parts.append("\n".join(f"- `{text}`: {doc}" for text, doc in members) + "\n")
     return "\n".join(parts)
 
 

@@ -81,16 +81,16 @@ def test_decode_refuses(changed, error, match):
         decode(**changed)
 
 
-NOT_YET = [
+WITHOUT_INDICES = [
     ("is_fp8_kvcache", True),
     *((name, np.zeros(1, np.float32)) for name in (
-        "indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length", "descale_q", "descale_k"
+        "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length", "descale_q", "descale_k"
     )),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, value", NOT_YET, ids=[name for name, _ in NOT_YET])
-def test_fp8_and_sparse_arguments_are_refused(name, value):
+@pytest.mark.parametrize("name, value", WITHOUT_INDICES, ids=[name for name, _ in WITHOUT_INDICES])
+def test_fp8_and_sparse_arguments_are_refused_without_indices(name, value):
     with pytest.raises(NotImplementedError, match=rf"^{name} is not supported.*dense bfloat16/float16 decode only"):
         decode(**{name: value})
 

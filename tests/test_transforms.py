@@ -13,7 +13,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flashmla import EXPORT_SAFE, flash_mla_with_kvcache, get_mla_metadata, testing
+from jax_flashmla import EXPORT_SAFE, flash_mla_with_kvcache, get_mla_metadata, kvcache, testing
 from jax_flashmla._primitive import OPS
 from jax_flashmla.cases import Case
 from jax_flashmla.ops.dense_decode import TARGET as DECODE
@@ -34,8 +34,24 @@ def plan(lengths, **kwargs):
     return get_mla_metadata(lengths, 16, 1, **kwargs)
 
 
+BYTES = np.asarray(
+    kvcache.quantize_kv(POOL[..., :512].astype(np.float32), POOL[..., 512:].astype(np.float32), format="fp8_v32")
+)
+INDICES = np.random.default_rng(0).integers(0, 64, (4, 2, 200), np.int32)  # page 0 of the pool, all slots there in use
+COUNTS = np.array([130, 0, 200, 7], np.int32)
+
+
+def attend_to(q, indices, topk_length, cache=BYTES, **kwargs):
+    options = {"is_fp8_kvcache": True, "indices": indices, "topk_length": topk_length}
+    return flash_mla_with_kvcache(q, cache, None, None, 512, **options, **kwargs)
+
+
 # One entry per op; a new op without one fails `test_every_op_has_an_example`.
-EXAMPLES = {"dense_decode": (decode, (Q, TABLE, LENGTHS)), "schedule": (plan, (LENGTHS,))}
+EXAMPLES = {
+    "dense_decode": (decode, (Q, TABLE, LENGTHS)),
+    "schedule": (plan, (LENGTHS,)),
+    "sparse_decode": (attend_to, (Q, INDICES, COUNTS)),
+}
 every_op = pytest.mark.parametrize("name", EXAMPLES)
 
 
@@ -112,7 +128,7 @@ def test_export_round_trip(name, platforms, cuda_build):
     exported = export.export(jax.jit(f), platforms=platforms, disabled_checks=EXPORT_SAFE)(*args)
     again = export.deserialize(exported.serialize())
     assert again.platforms == platforms
-    assert ("jax_flashmla." in again.mlir_module()) == ("cuda" in platforms)
+    assert ("jax_flashmla." in again.mlir_module()) == ("cuda" in platforms and OPS[name].target is not None)
     assert_same(again.call(*args), f(*args))
 
 

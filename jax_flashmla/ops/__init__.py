@@ -5,8 +5,9 @@ from jax import export
 from .._primitive import OPS
 from .dense_decode import dense_decode
 from .schedule import schedule
+from .sparse_decode import sparse_decode
 
-EXPORT_SAFE = tuple(export.DisabledSafetyCheck.custom_call(op.target) for op in OPS.values())
+EXPORT_SAFE = tuple(export.DisabledSafetyCheck.custom_call(op.target) for op in OPS.values() if op.target)
 """For `jax.export.export(f, disabled_checks=EXPORT_SAFE)`: the target names are versioned and keep their meaning."""
 
-__all__ = ["EXPORT_SAFE", "dense_decode", "schedule"]
+__all__ = ["EXPORT_SAFE", "dense_decode", "schedule", "sparse_decode"]
