@@ -61,16 +61,6 @@ static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory
 
 // ---- producer threads ---------------------------------------------------------------------------------------------------------------------------
 
-// Sub-tile t of Q (without rope). Rows past the end of the sequence lie outside of the map and become zeros.
-template <class Tr>
-__device__ __forceinline__ void load_q(const CUtensorMap& q_map, Storage<Tr>& smem, const Cta<kRowTile>& cta, int seq, int t) {
-  const int box = q_box_rows(cta.p, kRowTile);
-  for (int i = 0; i < kRowTile; i += box) {
-    const int row = cta.row0() + i, token = cta.p.h_kv > 1 ? row / cta.p.group : 0;
-    tma_load(q_map, smem.q_full, smem.q[t] + i * 64, t * 64, row - token * cta.p.group, cta.kv_head(), token, seq);
-  }
-}
-
 template <class Tr>
 __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensorMap& k_map, const DenseDecodeParams& p, Storage<Tr>& smem, int warp, int lane) {
   const int slot = warp >> 1, half = warp & 1;
@@ -107,7 +97,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
     if (warp == 0) smem.work = w;  // published by the barrier
     barrier_expect(smem.q_full, 2 * kSubTileBytes);
 #pragma unroll
-    for (int t = 2 * warp; t < 2 * warp + 2; ++t) load_q<Tr>(q_map, smem, cta, seq, t);
+    for (int t = 2 * warp; t < 2 * warp + 2; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
 
     // All CTAs of a card start at once, and the memory is the bottleneck until their slots are full: slot 0 goes first, so that work can begin. The barrier is
     // not a phase further by then: the right half of slot 0 is refilled only after slot 1 was read.
@@ -116,16 +106,9 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
       barrier_wait(smem.k_empty[slot][half], k_phase);
       k_phase ^= 1;
       if (own) smem.valid_groups[slot] = pages.valid_groups;  // published by the barriers below
-      // A page of -1 lies outside of the map: zeros are written, and count as bytes.
       auto load = [&](int t) {
         barrier_expect(smem.k_full[slot][t], kSubTileBytes);
-        if (tokens == kBlockTokens) {
-          tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t], t * 64, cta.kv_head(), block * kBlockTokens & (p.page_size - 1), pages.id[0]);
-        } else {
-#pragma unroll
-          for (int c = 0; c < 4; ++c)
-            if (c * tokens < kBlockTokens) tma_load(k_map, smem.k_full[slot][t], smem.k[slot][t] + c * tokens * 64, t * 64, cta.kv_head(), 0, pages.id[c]);
-        }
+        load_k(k_map, smem.k_full[slot][t], smem.k[slot][t], cta, pages, block, tokens, t);
       };
 #pragma unroll 1
       for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load(t);

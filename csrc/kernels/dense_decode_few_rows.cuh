@@ -107,13 +107,8 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
     q_phase ^= 1;
     smem.work = w;  // published by the barrier
     barrier_expect(smem.q_full, Tr::kSubTiles * Tr::kRowBytes);
-    const int box = dense_decode::q_box_rows(p, Tr::kRows);
 #pragma unroll 1
-    for (int t = 0; t < Tr::kSubTiles; ++t)
-      for (int row = 0; row < Tr::kRows; row += box) {
-        const int token = p.h_kv > 1 ? row / p.group : 0;
-        tma_load(q_map, smem.q_full, smem.q[t] + row * 64, t * 64, row - token * p.group, cta.kv_head(), token, seq);
-      }
+    for (int t = 0; t < Tr::kSubTiles; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
 
     for (int block = w.begin; block < w.end; ++block) {
 #pragma unroll 1
@@ -121,15 +116,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
         barrier_wait(smem.empty[at.slot], at.phase ^ 1);
         if (i == 0) smem.valid_groups[at.slot] = pages.valid_groups;  // published by the barrier below
         barrier_expect(smem.full[at.slot], kSubTileBytes);
-        const int column = 64 * column_tile<Tr>(i);
-        // A page of -1 lies outside of the map: zeros are written, and count as bytes.
-        if (tokens == kBlockTokens) {
-          tma_load(k_map, smem.full[at.slot], smem.ring[at.slot], column, cta.kv_head(), block * kBlockTokens & (p.page_size - 1), pages.id[0]);
-        } else {
-#pragma unroll
-          for (int c = 0; c < 4; ++c)
-            if (c * tokens < kBlockTokens) tma_load(k_map, smem.full[at.slot], smem.ring[at.slot] + c * tokens * 64, column, cta.kv_head(), 0, pages.id[c]);
-        }
+        load_k(k_map, smem.full[at.slot], smem.ring[at.slot], cta, pages, block, tokens, column_tile<Tr>(i));
       }
       if (block + 1 < w.end) pages = load_pages(p, w, block + 1, tokens);
     }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "hopper/barrier.cuh"
 #include "hopper/tma.cuh"
 #include "params.h"
 
@@ -88,6 +89,29 @@ __host__ __device__ inline int q_box_rows(const DenseDecodeParams& p, int tile_r
   int rows = tile_rows;
   while (p.h_kv > 1 && p.group % rows != 0) rows /= 2;
   return rows;
+}
+
+// Columns 64t .. 64t+63 of the tile's rows of Q. Rows past the end of the sequence lie outside of the map and become zeros.
+template <class T, int kRows>
+__device__ __forceinline__ void load_q(const CUtensorMap& q_map, Barrier& full, T* dst, const Cta<kRows>& cta, int seq, int t) {
+  const int box = q_box_rows(cta.p, kRows);
+  for (int i = 0; i < kRows; i += box) {
+    const int row = cta.row0() + i, token = cta.p.h_kv > 1 ? row / cta.p.group : 0;
+    tma_load(q_map, full, dst + i * 64, t * 64, row - token * cta.p.group, cta.kv_head(), token, seq);
+  }
+}
+
+// Columns 64t .. 64t+63 of a block of keys. A page of -1 lies outside of the map: zeros are written, and count as bytes.
+template <class T, int kRows>
+__device__ __forceinline__ void load_k(const CUtensorMap& k_map, Barrier& full, T* dst, const Cta<kRows>& cta, const Pages& pages, int block, int tokens,
+                                       int t) {
+  if (tokens == kBlockTokens) {
+    tma_load(k_map, full, dst, t * 64, cta.kv_head(), block * kBlockTokens & (cta.p.page_size - 1), pages.id[0]);
+  } else {
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      if (c * tokens < kBlockTokens) tma_load(k_map, full, dst + c * tokens * 64, t * 64, cta.kv_head(), 0, pages.id[c]);
+  }
 }
 
 // A map over 16-bit elements in boxes of 64 columns by `box` of the dimension box_dim; stride[i] is that of dimension i + 1, in elements.

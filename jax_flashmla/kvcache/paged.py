@@ -253,7 +253,7 @@ def copy_pages(cache: jax.Array, source: jax.Array, target: jax.Array) -> jax.Ar
     pages = data.at[jnp.where(exists, source, 0)].get(mode="promise_in_bounds")
     target = jnp.where(exists, target, -1)
     data = data.at[target].set(pages, mode="drop", wrap_negative_indices=False)
-    return jax.lax.bitcast_convert_type(data, cache.dtype) if data.dtype != cache.dtype else data
+    return as_pool(data, cache)
 
 
 def _slots(positions, sequences, block_table, page_size):
@@ -271,6 +271,11 @@ def _slots(positions, sequences, block_table, page_size):
 def as_bytes(cache: jax.Array) -> jax.Array:
     """A float8 pool as the bytes that it is: XLA may widen a float8 scatter, and NaNs would lose their bits."""
     return jax.lax.bitcast_convert_type(cache, jnp.uint8) if cache.dtype == jnp.float8_e4m3fn else cache
+
+
+def as_pool(data: jax.Array, cache: jax.Array) -> jax.Array:
+    """The inverse of `as_bytes(cache)`."""
+    return jax.lax.bitcast_convert_type(data, cache.dtype) if data.dtype != cache.dtype else data
 
 
 def fp8_format(cache: jax.Array) -> KVFormat | None:
@@ -303,7 +308,7 @@ def write(cache: jax.Array, rows: jax.Array, slots: jax.Array, fmt: KVFormat) ->
         page = page[:, None]
         at = (page, byte) if data.ndim == 2 else (page, byte // fmt.token_bytes, 0, byte % fmt.token_bytes)
         data = data.at[at].set(rows, mode="drop", wrap_negative_indices=False)
-    return jax.lax.bitcast_convert_type(data, cache.dtype) if data.dtype != cache.dtype else data
+    return as_pool(data, cache)
 
 
 def read(cache: jax.Array, slots: jax.Array) -> jax.Array:

@@ -7,18 +7,7 @@ from .. import reference
 from .._primitive import define
 
 
-def shapes(
-    q,
-    k_cache,
-    indices,
-    topk_length,
-    attn_sink,
-    extra_k_cache,
-    extra_indices,
-    extra_topk_length,
-    *,
-    softmax_scale,
-):
+def shapes(q, *_, softmax_scale):
     b, s_q, h_q, _ = q.shape
     return [
         jax.ShapeDtypeStruct((b, s_q, h_q, reference.D_V), q.dtype),
