@@ -18,7 +18,7 @@ from test_schedule import BATCHES
 
 from jax_flashmla import ops, testing
 from jax_flashmla.cases import BY_NAME, EDGES, Case
-from jax_flashmla.ops.schedule import MAX_SPLITS, METADATA_WIDTH
+from jax_flashmla.ops.schedule import MAX_SPLITS, METADATA_WIDTH, ROW_TILE
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
@@ -27,7 +27,7 @@ SOURCES = (
     "kernels/dense_decode_bf16_576.cu",
     "kernels/dense_decode_few_rows_bf16_512.cu",
     "kernels/dense_decode_few_rows_bf16_576.cu",
-    "splitkv/combine.cu",
+    "splitkv/merge.cu",
     "splitkv/schedule.cu",
 )
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -39,7 +39,7 @@ pytestmark = [
 
 POINTERS = (
     *("q", "k_cache", "block_table", "cache_seqlens", "metadata", "num_splits"),
-    *("out", "lse", "partial_out", "partial_lse"),
+    *("out", "lse", "partial_out", "partial_lse", "counters"),
 )
 SIZES = (
     *("b", "s_q", "h_q", "h_kv", "group", "rows", "d_qk"),
@@ -107,7 +107,8 @@ def emulate_decode(kernels, case, parts, *, few_rows=False, batch_invariant=Fals
     lse = np.full((case.b, case.h_q, case.s_q), np.nan, np.float32)
     partial = np.full((slots, case.h_kv, group * case.s_q, 512), np.nan, np.float32)
     partial_lse = np.full(partial.shape[:3], np.nan, np.float32)
-    pointers = (x.ctypes.data for x in (q, k_cache, table, lengths, *plan, out, lse, partial, partial_lse))
+    counters = np.full((slots, case.h_kv, -(-group * case.s_q // ROW_TILE)), -1, np.int64)
+    pointers = (x.ctypes.data for x in (q, k_cache, table, lengths, *plan, out, lse, partial, partial_lse, counters))
     sizes = (case.b, case.s_q, case.h_q, case.h_kv, group, group * case.s_q, case.d_qk, len(k_cache), case.page_size)
     sizes += (table.shape[1], table.shape[1] * case.page_size, parts, slots)
     params = DenseDecodeParams(*pointers, *sizes, case.d_qk**-0.5, case.causal, 0, None)

@@ -29,6 +29,7 @@
 #include "hopper/wgmma.cuh"
 #include "kernels/dense_decode.h"
 #include "kernels/dense_decode_work.cuh"
+#include "splitkv/merge.cuh"
 
 namespace jax_flashmla::dense_decode {
 
@@ -55,6 +56,7 @@ struct alignas(1024) Storage {
   uint32_t valid_groups[2];  // bit g: the page of tokens 16g .. 16g+15 of the block exists
   Part part;
   Work work;  // the piece whose Q is in shared memory
+  SplitSequences splits;
   Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], q_full, q_empty;
 };
 static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory of an sm_90 CTA");
@@ -184,6 +186,7 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
   named_sync(kStart, kThreads);  // the barriers are initialised, the part is there
   cutlass::arch::warpgroup_reg_alloc<kComputeRegisters>();
   const Cta<kRowTile> cta{p, smem.part};
+  if (threadIdx.x == kComputeThreads - 1) announce_splits(cta, smem.splits);
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
   const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
@@ -359,7 +362,7 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
       if (block < w.end) step1(block, std::false_type{});
     }
 
-    if (seq == cta.last_seq()) let_successor_start();  // no earlier: the merge's CTAs would crowd onto the first SMs that are done
+    if (seq == cta.last_seq()) let_successor_start();
 
     // Both warpgroups hold the same reference; each summed its own blocks.
     float (&row_sum)[2][64] = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
@@ -393,6 +396,8 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
       store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return cta.row0() + 16 * warp + i < p.rows ? 16 * warp + i : -1; });
     }
   }
+  static_assert(kMergeThreads == kComputeThreads && kMergeScratch <= sizeof(smem.p));
+  if (cta.part.begin_seq <= cta.last_seq()) merge_splits<T>(cta, smem.splits, smem.p, kRowSums);
 }
 
 // ---- kernel and launcher ------------------------------------------------------------------------------------------------------------------------

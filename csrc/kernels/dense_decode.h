@@ -4,7 +4,7 @@
 
 namespace jax_flashmla {
 
-Status run_dense_decode(const DenseDecodeParams& params);  // picks the instantiation, launches it and, where sequences may be split, combine
+Status run_dense_decode(const DenseDecodeParams& params);  // clears the counters of the merge, picks the instantiation, launches it
 
 namespace dense_decode {
 // Instantiated in dense_decode_<dtype>_<d_qk>.cu for __nv_bfloat16 and __half, 576 and 512.

@@ -25,6 +25,7 @@
 #include "hopper/wgmma.cuh"
 #include "kernels/dense_decode.h"
 #include "kernels/dense_decode_work.cuh"
+#include "splitkv/merge.cuh"
 
 namespace jax_flashmla::dense_decode_few_rows {
 
@@ -56,6 +57,7 @@ struct alignas(1024) Storage {
   uint32_t valid_groups[Tr::kRing];                           // of the block whose first sub-tile is here; bit g: the page of tokens 16g .. 16g+15 exists
   Part part;
   Work work;  // the piece whose Q is in shared memory
+  SplitSequences splits;
   Barrier full[Tr::kRing], empty[Tr::kRing], q_full, q_empty;
 };
 static_assert(sizeof(Storage<Traits<__half, 576, 16>>) <= 232448 && sizeof(Storage<Traits<__half, 576, 32>>) <= 232448, "the shared memory of an sm_90 CTA");
@@ -185,6 +187,7 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
   wait_for_predecessor();
   named_sync(kStart, kStartThreads);  // the barriers are initialised, the part is there
   const Cta<Tr::kRows> cta{p, smem.part};
+  if (threadIdx.x == kComputeThreads - 1) announce_splits(cta, smem.splits);
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
   const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
   auto column_of = [&](int c) { return 8 * (c / 2) + 2 * (lane & 3) + (c & 1); };
@@ -426,6 +429,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       compute<Tr, 0>(p, smem, warp, lane);
     else
       compute<Tr, 1>(p, smem, warp - 4, lane);
+    const Cta<Tr::kRows> cta{p, smem.part};
+    static_assert(kMergeThreads == kComputeThreads && kMergeScratch <= sizeof(smem.ring));
+    if (cta.part.begin_seq <= cta.last_seq()) merge_splits<typename Tr::T>(cta, smem.splits, smem.ring, kMerge);
   }
 }
 

@@ -31,6 +31,7 @@ __device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
 // What a CTA is: its row tile, KV head and part.
 template <int kRows>  // of a tile
 struct Cta {
+  static constexpr int kTileRows = kRows;
   const DenseDecodeParams& p;
   const Part& part;
 

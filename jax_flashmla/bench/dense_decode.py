@@ -26,7 +26,9 @@ def scale(i: int) -> float:
 def ours(inputs: DenseInputs, implementation: str) -> Chain:
     case = inputs.case
 
-    def decode(i: int, q: Any, pool: jax.Array, tables: Any, lengths: jax.Array, plan: Any) -> jax.Array:
+    def decode(
+        i: int, q: Any, pool: jax.Array, tables: Any, lengths: jax.Array, plan: Any
+    ) -> tuple[jax.Array, jax.Array]:
         metadata, num_splits = plan
         return flash_mla_with_kvcache(
             q[i % len(q)],
@@ -39,16 +41,17 @@ def ours(inputs: DenseInputs, implementation: str) -> Chain:
             softmax_scale=scale(i),
             causal=case.causal,
             implementation=implementation,
-        )[0]
+        )
 
     def call(i: int, _: jax.Array, *operands: Any) -> jax.Array:
-        return decode(i, *operands)[0, 0, 0, 0]
+        # Of the small result: nobody reads the output, so all calls write to one place, as in a model, and as peers do.
+        return decode(i, *operands)[1][0, 0, 0]
 
     plan = get_mla_metadata(inputs.lengths, case.s_q * case.h_q, 1)
     operands = inputs.q, inputs.pool, inputs.tables, inputs.lengths, plan
     first = inputs.q[:1], inputs.pool, inputs.tables[:1], inputs.lengths, plan
     one = jax.jit(functools.partial(decode, 0))
-    return jitted(call, operands, inputs.chain)._replace(result=lambda: peers.ends(one(*first)))
+    return jitted(call, operands, inputs.chain)._replace(result=lambda: peers.ends(one(*first)[0]))
 
 
 def seconds(case: DenseCase) -> float:

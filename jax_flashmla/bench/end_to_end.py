@@ -46,7 +46,7 @@ def step(inputs: DenseInputs, caches: list[jax.Array], layers: int, implementati
     @jax.jit
     def run(q: jax.Array, caches: list[jax.Array], table: jax.Array, lengths: jax.Array) -> jax.Array:
         metadata, num_splits = get_mla_metadata(lengths, case.s_q * case.h_q, 1)
-        outs = [
+        lses = [
             flash_mla_with_kvcache(
                 q,
                 caches[i % len(caches)],
@@ -58,10 +58,10 @@ def step(inputs: DenseInputs, caches: list[jax.Array], layers: int, implementati
                 softmax_scale=dense_decode.scale(i),
                 causal=case.causal,
                 implementation=implementation,
-            )[0]
+            )[1]
             for i in range(layers)
         ]
-        return jnp.stack([out[0, 0, 0, 0] for out in outs])
+        return jnp.stack([lse[0, 0, 0] for lse in lses])
 
     operands = inputs.q[0], caches, inputs.tables[0], inputs.lengths
     executable = run.lower(*operands).compile()

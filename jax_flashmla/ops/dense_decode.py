@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import reference
 from .._primitive import define
-from .schedule import METADATA_WIDTH, num_parts, schedule
+from .schedule import METADATA_WIDTH, ROW_TILE, num_parts, schedule
 
 TARGET = "jax_flashmla.dense_decode.v1"
 
@@ -24,8 +24,12 @@ def workspaces(q, k_cache, metadata):
     b, s_q, h_q, _ = q.shape
     h_kv, parts = k_cache.shape[2], metadata.shape[0]
     slots = max(1, parts - 1 + min(b, parts - 1)) if isinstance(b, int) and isinstance(parts, int) else 2 * parts
-    partial = (slots, h_kv, s_q * h_q // h_kv)
-    return [jax.ShapeDtypeStruct((*partial, reference.D_V), jnp.float32), jax.ShapeDtypeStruct(partial, jnp.float32)]
+    rows = s_q * h_q // h_kv
+    return [
+        jax.ShapeDtypeStruct((slots, h_kv, rows, reference.D_V), jnp.float32),
+        jax.ShapeDtypeStruct((slots, h_kv, rows), jnp.float32),
+        jax.ShapeDtypeStruct((slots, h_kv, -(-rows // ROW_TILE), 2), jnp.int32),  # counters of the merge, 64 bits each
+    ]
 
 
 def cuda(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softmax_scale, causal):
