@@ -31,7 +31,7 @@ struct SplitSequences {
 
 constexpr int kMergeWarps = 8, kMergeThreads = kMergeWarps * 32;
 constexpr int kChunk = 128, kChunks = kDv / kChunk;  // columns that a warp reads as one float4 per lane
-constexpr int kMergeScratch = kMergeThreads * kChunks * sizeof(float4);
+constexpr int kMergeScratch = kMergeThreads * sizeof(float4);
 
 template <class Cta>
 __device__ __forceinline__ uint64_t& split_counter(const Cta& cta, int first_slot) {
@@ -53,76 +53,101 @@ __device__ __forceinline__ void announce_splits(const Cta& cta, SplitSequences& 
   }
 }
 
-// kPerWarp: column chunks that a warp adds up at once. Written to be short: nobody has run this code when a CTA comes to it.
-template <class T, int kPerWarp, class Cta>
-__device__ __forceinline__ void merge_rows(const Cta& cta, const SplitSequences& own, int which, int row_jobs, float4* scratch, int barrier) {
-  const auto& p = cta.p;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-  const int seq = own.seq[which], splits = own.splits[which], rows = min(Cta::kTileRows, p.rows - cta.row0());
-  // Few splits: a warp per row. Many: all warps share a row, warp w adding up splits w, w + 8, ..., and their sums are added in the order of the warps.
-  const bool share = splits > kMergeWarps;
-  const int start = share ? warp : 0, stride = share ? kMergeWarps : 1;
-  const int64_t step = int64_t(p.h_kv) * p.rows;                           // rows from one split to the next
-  constexpr int kColumnJobs = kChunks / kPerWarp, kBatch = 16 / kPerWarp;  // splits that are on their way at once
-#pragma unroll 1
-  for (int job = own.order[which]; job < row_jobs * kColumnJobs; job += own.helpers[which]) {
-    const int chunk0 = job % kColumnJobs * kPerWarp, row = job / kColumnJobs * (share ? 1 : kMergeWarps) + (share ? 0 : warp);
-    if (row >= rows) continue;  // never where warps share
-    const int64_t at = (int64_t(own.first_slot[which]) * p.h_kv + cta.kv_head()) * p.rows + cta.row0() + row;
-    const float* lse_of = p.partial_lse + at;
-    const auto* next = reinterpret_cast<const float4*>(p.partial_out + (at + start * step) * kDv) + chunk0 * (kChunk / 4) + lane;
-    float lse = 0.f;
-    float4 acc[kPerWarp] = {};
-    auto add = [&](float4& a, float w, const float4& v) { a.x = fmaf(w, v.x, a.x), a.y = fmaf(w, v.y, a.y), a.z = fmaf(w, v.z, a.z), a.w = fmaf(w, v.w, a.w); };
+// Splits in batches of kBatch, whose partial results are on their way at once: kPerWarp column chunks of one row each. A warp adds up every `stride`-th split
+// from `start` on. Written to be short: no CTA has run this code before it comes here.
+template <int kPerWarp>
+struct MergedRow {
+  static constexpr int kBatch = 16 / kPerWarp;
+  float lse;
+  float4 sum[kPerWarp] = {};
+
+  __device__ __forceinline__ static void add(float4& a, float w, const float4& v) {
+    a.x = fmaf(w, v.x, a.x), a.y = fmaf(w, v.y, a.y), a.z = fmaf(w, v.z, a.z), a.w = fmaf(w, v.w, a.w);
+  }
+
+  // lse_of: of split 0; step: rows from one split to the next; part_of: of split 0, this lane's column of the first chunk.
+  __device__ __forceinline__ MergedRow(const float* lse_of, const float4* part_of, int64_t step, int splits, int start, int stride) {
+    const int lane = threadIdx.x & 31;
 #pragma unroll 1
     for (int s0 = start; s0 < splits; s0 += kBatch * stride) {
+      const int own = s0 + lane * stride;
+      float weight = lane < kBatch && own < splits ? lse_of[own * step] : -INFINITY;
       float4 batch[kBatch][kPerWarp];
-      float weight[kBatch];
+      const float4* next = part_of + s0 * step * (kDv / 4);
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k, next += stride * step * (kDv / 4)) {
-        const bool there = s0 + k * stride < splits;
-        weight[k] = there ? lse_of[(s0 + k * stride) * step] : -INFINITY;
+      for (int k = 0; k < kBatch; ++k, next += stride * step * (kDv / 4))
 #pragma unroll
-        for (int c = 0; c < kPerWarp; ++c) batch[k][c] = there ? next[c * (kChunk / 4)] : float4{};
-      }
-      if (s0 == start) {  // behind the loads
-        float top = -INFINITY, sum = 0.f;
-#pragma unroll 1
-        for (int s = lane; s < splits; s += 32) top = fmaxf(top, lse_of[s * step]);
-        for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-#pragma unroll 1
-        for (int s = lane; s < splits; s += 32) {
-          const float l = lse_of[s * step];
-          sum += l == -INFINITY ? 0.f : exp2_fast(l - top);
-        }
-        for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-        lse = sum == 0.f ? -INFINITY : top + log2f(sum);
-      }
+        for (int c = 0; c < kPerWarp; ++c) batch[k][c] = s0 + k * stride < splits ? next[c * (kChunk / 4)] : float4{};
+      if (s0 == start) set_lse(lse_of, step, splits);                // behind the loads
+      weight = weight == -INFINITY ? 0.f : exp2_fast(weight - lse);  // an empty split wrote zeros
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        weight[k] = weight[k] == -INFINITY ? 0.f : exp2_fast(weight[k] - lse);  // an empty split wrote zeros
+        const float w = __shfl_sync(~0u, weight, k);
 #pragma unroll
-        for (int c = 0; c < kPerWarp; ++c) add(acc[c], weight[k], batch[k][c]);
+        for (int c = 0; c < kPerWarp; ++c) add(sum[c], w, batch[k][c]);
       }
     }
-    if (share) {
-#pragma unroll
-      for (int c = 0; c < kPerWarp; ++c) scratch[(warp * kPerWarp + c) * 32 + lane] = acc[c];
-      named_sync(barrier, kMergeThreads);
-      if (warp == 0) {
+  }
+
+  __device__ __forceinline__ void set_lse(const float* lse_of, int64_t step, int splits) {
+    const int lane = threadIdx.x & 31;
+    float top = -INFINITY, total = 0.f;
 #pragma unroll 1
-        for (int w = 1; w < kMergeWarps; ++w)
+    for (int s = lane; s < splits; s += 32) top = fmaxf(top, lse_of[s * step]);
 #pragma unroll
-          for (int c = 0; c < kPerWarp; ++c) add(acc[c], 1.f, scratch[(w * kPerWarp + c) * 32 + lane]);
-      }
-      named_sync(barrier, kMergeThreads);
-      if (warp != 0) continue;
+    for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+#pragma unroll 1
+    for (int s = lane; s < splits; s += 32) {
+      const float l = lse_of[s * step];
+      total += l == -INFINITY ? 0.f : exp2_fast(l - top);
     }
-    const int index = cta.index_of(row), token = cta.token_of(row), head = index - token * p.h_q;
-    auto* out = reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (cta.first_index(seq) + index) * kDv) + chunk0 * (kChunk / 4) + lane;
 #pragma unroll
-    for (int c = 0; c < kPerWarp; ++c) out[c * (kChunk / 4)] = make_uint2(pack<T>(acc[c].x, acc[c].y), pack<T>(acc[c].z, acc[c].w));
-    if (chunk0 == 0 && lane == 0) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = lse * kLn2;
+    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+    lse = total == 0.f ? -INFINITY : top + log2f(total);
+  }
+};
+
+// This CTA's share of the rows of one sequence.
+template <class T, class Cta>
+__device__ __forceinline__ void merge_sequence(const Cta& cta, int seq, int first_slot, int splits, int order, int helpers, float4* scratch, int barrier) {
+  const auto& p = cta.p;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
+  const int rows = min(Cta::kTileRows, p.rows - cta.row0());
+  const int64_t step = int64_t(p.h_kv) * p.rows, first = first_slot * step + int64_t(cta.kv_head()) * p.rows + cta.row0();
+  auto part_of = [&](int row, int chunk) { return reinterpret_cast<const float4*>(p.partial_out + (first + row) * kDv) + chunk * (kChunk / 4) + lane; };
+  auto store = [&](int row, int chunk, const float4* sum, int chunks, float lse) {
+    const int index = cta.index_of(row), token = cta.token_of(row), head = index - token * p.h_q;
+    auto* out = reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (cta.first_index(seq) + index) * kDv) + chunk * (kChunk / 4) + lane;
+#pragma unroll
+    for (int c = 0; c < chunks; ++c) out[c * (kChunk / 4)] = make_uint2(pack<T>(sum[c].x, sum[c].y), pack<T>(sum[c].z, sum[c].w));
+    if (chunk == 0 && lane == 0) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = lse * kLn2;
+  };
+  // How a row is divided depends on the plan alone, so that the sums do; helpers == splits when all help.
+  if (rows >= kMergeWarps * splits) {  // enough whole rows for every warp
+#pragma unroll 1
+    for (int row = order * kMergeWarps + warp; row < rows; row += helpers * kMergeWarps) {
+      const MergedRow<kChunks> merged(p.partial_lse + first + row, part_of(row, 0), step, splits, 0, 1);
+      store(row, 0, merged.sum, kChunks, merged.lse);
+    }
+    return;
+  }
+  // A column chunk of a row for every warp, or for the first of several warps that share its splits.
+  int sharers = 1;
+  while (sharers < kMergeWarps && rows * sharers <= splits) sharers *= 2;
+  const int teams = kMergeWarps / sharers, units = rows * kChunks;
+#pragma unroll 1
+  for (int unit0 = order * teams; unit0 < units; unit0 += helpers * teams) {
+    const int unit = unit0 + warp / sharers, row = unit / kChunks, chunk = unit % kChunks, sharer = warp % sharers;
+    const bool any = unit < units;
+    MergedRow<1> merged(p.partial_lse + first + row, part_of(row, chunk), step, any ? splits : 0, sharer, sharers);
+    if (sharers > 1) {
+      scratch[warp * 32 + lane] = merged.sum[0];
+      named_sync(barrier, kMergeThreads);
+#pragma unroll 1
+      for (int w = 1; w < sharers && sharer == 0; ++w) MergedRow<1>::add(merged.sum[0], 1.f, scratch[(warp + w) * 32 + lane]);
+      named_sync(barrier, kMergeThreads);
+    }
+    if (any && sharer == 0) store(row, chunk, merged.sum, 1, merged.lse);
   }
 }
 
@@ -151,15 +176,9 @@ __device__ __forceinline__ void merge_splits(const Cta& cta, SplitSequences& own
   }
   named_sync(barrier, kMergeThreads);
 #pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    if (own.helpers[i] == 0) continue;
-    // As few and as wide jobs as keep all helpers busy.
-    const int rows = min(Cta::kTileRows, cta.p.rows - cta.row0()), row_jobs = own.splits[i] > kMergeWarps ? rows : (rows + kMergeWarps - 1) / kMergeWarps;
-    if (row_jobs >= own.helpers[i])
-      merge_rows<T, kChunks>(cta, own, i, row_jobs, static_cast<float4*>(scratch), barrier);
-    else
-      merge_rows<T, 1>(cta, own, i, row_jobs, static_cast<float4*>(scratch), barrier);
-  }
+  for (int i = 0; i < 2; ++i)
+    if (own.helpers[i] > 0)
+      merge_sequence<T>(cta, own.seq[i], own.first_slot[i], own.splits[i], own.order[i], own.helpers[i], static_cast<float4*>(scratch), barrier);
 }
 
 }  // namespace jax_flashmla
