@@ -25,8 +25,6 @@ CSRC = HERE.parent / "csrc"
 SOURCES = (
     "kernels/dense_decode_bf16_512.cu",
     "kernels/dense_decode_bf16_576.cu",
-    "kernels/dense_decode_few_rows_bf16_512.cu",
-    "kernels/dense_decode_few_rows_bf16_576.cu",
     "splitkv/merge.cu",
     "splitkv/schedule.cu",
 )
@@ -39,7 +37,7 @@ pytestmark = [
 
 POINTERS = (
     *("q", "k_cache", "block_table", "cache_seqlens", "metadata", "num_splits"),
-    *("out", "lse", "partial_out", "partial_lse", "counters"),
+    *("out", "lse", "partial_out", "partial_stats", "counters"),
 )
 SIZES = (
     *("b", "s_q", "h_q", "h_kv", "group", "rows", "d_qk"),
@@ -97,7 +95,7 @@ def emulate_schedule(kernels, lengths, parts, batch_invariant=False):
     return metadata, num_splits
 
 
-def emulate_decode(kernels, case, parts, *, few_rows=False, batch_invariant=False):
+def emulate_decode(kernels, case, parts, *, batch_invariant=False):
     inputs = [np.ascontiguousarray(x) for x in testing.make_inputs(case)]
     q, k_cache, table, lengths = inputs
     parts = case.b * MAX_SPLITS if batch_invariant else parts
@@ -105,14 +103,15 @@ def emulate_decode(kernels, case, parts, *, few_rows=False, batch_invariant=Fals
     group, slots = case.h_q // case.h_kv, max(1, parts - 1 + min(case.b, parts - 1))
     out = np.full((case.b, case.s_q, case.h_q, 512), np.nan, q.dtype)
     lse = np.full((case.b, case.h_q, case.s_q), np.nan, np.float32)
-    partial = np.full((slots, case.h_kv, group * case.s_q, 512), np.nan, np.float32)
-    partial_lse = np.full(partial.shape[:3], np.nan, np.float32)
-    counters = np.full((slots, case.h_kv, -(-group * case.s_q // ROW_TILE)), -1, np.int64)
-    pointers = (x.ctypes.data for x in (q, k_cache, table, lengths, *plan, out, lse, partial, partial_lse, counters))
-    sizes = (case.b, case.s_q, case.h_q, case.h_kv, group, group * case.s_q, case.d_qk, len(k_cache), case.page_size)
+    rows = group * case.s_q
+    partial = np.full((slots, case.h_kv, -(-rows // 16) * 16, 512), np.nan, np.float32)
+    stats = np.full((slots, case.h_kv, rows, 2), np.nan, np.float32)
+    counters = np.full((slots, case.h_kv, -(-rows // ROW_TILE)), -1, np.int64)
+    pointers = (x.ctypes.data for x in (q, k_cache, table, lengths, *plan, out, lse, partial, stats, counters))
+    sizes = (case.b, case.s_q, case.h_q, case.h_kv, group, rows, case.d_qk, len(k_cache), case.page_size)
     sizes += (table.shape[1], table.shape[1] * case.page_size, parts, slots)
     params = DenseDecodeParams(*pointers, *sizes, case.d_qk**-0.5, case.causal, 0, None)
-    assert kernels.emulate_dense_decode(ctypes.byref(params), few_rows) is None
+    assert kernels.emulate_dense_decode(ctypes.byref(params)) is None
     exact, exact_lse = testing.dense_decode_f64(*inputs, causal=case.causal)
     # bfloat16 rounds the result and the probabilities once each; the log-sum-exp stays in float32.
     assert testing.cosine_difference(out, exact) <= 5e-6
@@ -151,31 +150,10 @@ def test_dense_decode(kernels, name):
     emulate_decode(kernels, BY_NAME[name], parts=2)
 
 
-@pytest.mark.parametrize(
-    "name",
-    (
-        "one_token",
-        "edges_causal_3",
-        "edges_not_causal_4",
-        "heads_1",
-        "heads_3_kv_3",
-        "heads_16_kv_8",
-        "heads_20",
-        "latent_only",
-        "page_16",
-        "page_32_kv_2",
-        "page_256",
-    ),
-)
-def test_dense_decode_few_rows(kernels, name):
-    case = BY_NAME[name]
-    emulate_decode(kernels, case._replace(h_q=min(case.h_q, 32 // case.s_q)), parts=2, few_rows=True)
-
-
-@pytest.mark.parametrize("h_q, d_qk, few_rows", ((16, 576, False), (70, 512, False), (5, 576, True), (16, 512, True)))
+@pytest.mark.parametrize("h_q, d_qk", ((16, 576), (70, 512)))
 @pytest.mark.parametrize("batch_invariant", (False, True))
-def test_split(kernels, h_q, d_qk, few_rows, batch_invariant):
+def test_split(kernels, h_q, d_qk, batch_invariant):
     """Long ones among edges: split, merged, and parts that end one sequence and begin the next."""
     lengths = (1300, 65) if batch_invariant else (1300, *EDGES, 1100)
     case = Case("split", lengths, h_q=h_q, d_qk=d_qk, s_q=2, causal=True)
-    assert emulate_decode(kernels, case, parts=9, few_rows=few_rows, batch_invariant=batch_invariant) >= 2
+    assert emulate_decode(kernels, case, parts=9, batch_invariant=batch_invariant) >= 2

@@ -17,39 +17,28 @@ __device__ __forceinline__ void store_fragment(void* tile, int warp, int lane, i
 // bytes of a row. index_of(i) is the row of `out` that row i of the 16 goes to, -1 for none; all lanes must call.
 template <class T, class IndexOf>
 __device__ __forceinline__ void store_rows(T* out, int stride, void* tile, int warp, const float (&o)[128], const float (&factor)[2], IndexOf index_of) {
-  constexpr int kColumns = 128 / sizeof(T);
   const int lane = lane_again();  // so that the compiler does not carry the addresses below in registers through the main loop
   const uint32_t own = smem_address(tile) + warp * 2048;
   int index[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) index[j] = index_of(4 * j + lane / 8);
-  out += (lane & 7) * (16 / sizeof(T));
+  out += (lane & 7) * 8;
 #pragma unroll
-  for (int c = 0; c < 256 / kColumns; ++c) {
-    const float* part = o + c * (kColumns / 2);
-    if constexpr (sizeof(T) == 2) {
+  for (int c = 0; c < 4; ++c) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        uint32_t words[4];
+    for (int k = 0; k < 4; ++k) {
+      const float* part = o + 32 * c + 8 * k;
+      uint32_t words[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = pack<T>(part[8 * k + 2 * i] * factor[i & 1], part[8 * k + 2 * i + 1] * factor[i & 1]);
-        store_fragment(tile, warp, lane, k, words);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int row = lane / 4 + 8 * r, chunk = (2 * i + (lane >> 1 & 1)) ^ (2 * row & 6);
-          store_shared(own + row * 128 + chunk * 16 + (lane & 1) * 8, part[4 * i + 2 * r] * factor[r], part[4 * i + 2 * r + 1] * factor[r]);
-        }
+      for (int i = 0; i < 4; ++i) words[i] = pack<T>(part[2 * i] * factor[i & 1], part[2 * i + 1] * factor[i & 1]);
+      store_fragment(tile, warp, lane, k, words);
     }
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int row = 4 * j + lane / 8, chunk = (lane & 7) ^ (sizeof(T) == 2 ? row & 7 : 2 * row & 6);
-      const uint4 v = load_shared(own + row * 128 + chunk * 16);
-      if (index[j] >= 0) *reinterpret_cast<uint4*>(out + int64_t(index[j]) * stride + c * kColumns) = v;
+      const int row = 4 * j + lane / 8;
+      const uint4 v = load_shared(own + row * 128 + (((lane & 7) ^ (row & 7)) << 4));
+      if (index[j] >= 0) *reinterpret_cast<uint4*>(out + int64_t(index[j]) * stride + c * 64) = v;
     }
     __syncwarp();
   }

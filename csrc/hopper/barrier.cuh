@@ -33,20 +33,6 @@ __device__ __forceinline__ void barrier_wait(Barrier& bar, uint32_t parity) {
 __device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// named_sync that also tells every thread whether any of them brought `value`.
-__device__ __forceinline__ bool named_or(int id, int threads, bool value) {
-  int any;
-  asm volatile(
-      "{\n.reg .pred any, value;\n"
-      "setp.ne.b32 value, %3, 0;\n"
-      "bar.red.or.pred any, %1, %2, value;\n"
-      "selp.b32 %0, 1, 0, any;\n}"
-      : "=r"(any)
-      : "r"(id), "r"(threads), "r"(int(value))
-      : "memory");
-  return any != 0;
-}
-
 // Ordinary stores to shared memory become visible to wgmma and TMA only after this, executed by the storing thread.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

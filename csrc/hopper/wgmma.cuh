@@ -33,31 +33,6 @@ struct Atoms<__half> {
   using PvRS = gmma::MMA_64x256x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;
 };
 
-// The same with the operands in each other's place, for N query rows: scores (64 tokens x N, both K-major) and output (64 of its columns x N, V read
-// M-major out of the K tile).
-template <class T, int N>
-struct TransposedAtoms;
-template <>
-struct TransposedAtoms<__nv_bfloat16, 16> {
-  using Scores = gmma::MMA_64x16x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>;
-  using Output = gmma::MMA_64x16x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::K>;
-};
-template <>
-struct TransposedAtoms<__nv_bfloat16, 32> {
-  using Scores = gmma::MMA_64x32x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>;
-  using Output = gmma::MMA_64x32x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::K>;
-};
-template <>
-struct TransposedAtoms<__half, 16> {
-  using Scores = gmma::MMA_64x16x16_F32F16F16_SS<gmma::Major::K, gmma::Major::K>;
-  using Output = gmma::MMA_64x16x16_F32F16F16_SS<gmma::Major::MN, gmma::Major::K>;
-};
-template <>
-struct TransposedAtoms<__half, 32> {
-  using Scores = gmma::MMA_64x32x16_F32F16F16_SS<gmma::Major::K, gmma::Major::K>;
-  using Output = gmma::MMA_64x32x16_F32F16F16_SS<gmma::Major::MN, gmma::Major::K>;
-};
-
 namespace detail {
 template <class Atom, int N, size_t... I>
 __device__ __forceinline__ void mma_ss(float (&d)[N], uint64_t a, uint64_t b, gmma::ScaleOut s, std::index_sequence<I...>) {

@@ -7,7 +7,7 @@
 //
 //   warpgroup 0   block 2j:   S0 = Q.K0, P0 = softmax -> smem | O[:, :256] += P0.V0 (registers) | O[:, :256] += P1.V1 (smem)
 //   warpgroup 1   block 2j+1: S1 = Q.K1                       | O[:, 256:] += P0.V0 (smem) | P1 -> smem | O[:, 256:] += P1.V1 (registers)
-//   warpgroup 2   four producer threads, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also load Q.
+//   warpgroup 2   four producer threads, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Those of slot 1 load Q.
 //
 // Probabilities are handed over in two halves of 32 tokens, each with its own barrier, so that products start behind half a softmax.
 //
@@ -56,6 +56,7 @@ struct alignas(1024) Storage {
   uint32_t valid_groups[2];  // bit g: the page of tokens 16g .. 16g+15 of the block exists
   Part part;
   Work work;  // the piece whose Q is in shared memory
+  RowPlace places[kRowTile];
   SplitSequences splits;
   Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], q_full, q_empty;
 };
@@ -65,42 +66,41 @@ static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory
 
 template <class Tr>
 __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensorMap& k_map, const DenseDecodeParams& p, Storage<Tr>& smem, int warp, int lane) {
+  cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
   const int slot = warp >> 1, half = warp & 1;
   const bool own = slot == half;                      // the output half of the warpgroup that computes this slot's scores; takes the rope sub-tile too
   const int tokens = min(p.page_size, kBlockTokens);  // a copy stays within a page
   if (warp == 0 && lane < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[lane], 1);
   if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
-  if (warp == 2 && lane == 0) barrier_init(smem.q_full, 4);
+  if (warp == 2 && lane == 0) barrier_init(smem.q_full, 2);
   if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
   if (lane == 0) tma_prefetch_map(own ? k_map : q_map);
   barrier_init_fence();
+  named_sync(kProducers, kThreads - kComputeThreads);
   wait_for_predecessor();
   // The longest chain of loads at the start of a CTA: part, then length and pages, then keys.
   const Part part = load_part(p);
-  const Cta<kRowTile> cta{p, part};
+  const Cta cta{p, part};
   if (warp == 0 && lane == 0) smem.part = part;
+  named_arrive(kStart, kThreads);
+  if (lane != 0) return;
   Work w;
   Pages pages;
   auto prepare = [&](int seq) {
     w = cta.work(seq);
     pages = load_pages(p, w, w.begin + slot, tokens);
   };
-  if (part.begin_seq <= cta.last_seq()) prepare(part.begin_seq);
-  named_sync(kProducers, kThreads - kComputeThreads);
-  named_arrive(kStart, kThreads);
-  cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-  if (lane != 0) return;
-
   uint32_t k_phase = 1, q_phase = 1;
   for (int seq = part.begin_seq; seq <= cta.last_seq(); ++seq) {
-    if (seq > part.begin_seq) prepare(seq);
-    barrier_wait(smem.q_empty, q_phase);
-    q_phase ^= 1;
-    if (warp == 0) smem.work = w;  // published by the barrier
-    barrier_expect(smem.q_full, 2 * kSubTileBytes);
-#pragma unroll
-    for (int t = 2 * warp; t < 2 * warp + 2; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
-
+    prepare(seq);
+    if (slot == 1) {  // of whose keys less hurry is made
+      barrier_wait(smem.q_empty, q_phase);
+      q_phase ^= 1;
+      if (half == 0) smem.work = w;  // published by the barrier
+      barrier_expect(smem.q_full, Tr::kHalf * kSubTileBytes);
+#pragma unroll 1
+      for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
+    }
     // All CTAs of a card start at once, and the memory is the bottleneck until their slots are full: slot 0 goes first, so that work can begin. The barrier is
     // not a phase further by then: the right half of slot 0 is refilled only after slot 1 was read.
     if (slot == 1 && seq == part.begin_seq && w.begin + 1 < w.end) barrier_wait(smem.k_full[0][Tr::kHalf], 0);
@@ -174,7 +174,7 @@ __device__ __forceinline__ void clear_rows(typename Storage<Tr>::SubTile (&k)[Tr
 }
 
 // This thread's share of the rope part of Q: the A operand of the rope product.
-__device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta<kRowTile>& cta, int seq, const int (&index)[2], int lane) {
+__device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta, int seq, const int (&index)[2], int lane) {
   const auto* q = static_cast<const uint16_t*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk + kDv;
   load_fragment(q_rope, index[0] < 0 ? nullptr : q + int64_t(index[0]) * cta.p.d_qk, index[1] < 0 ? nullptr : q + int64_t(index[1]) * cta.p.d_qk, lane);
 }
@@ -182,16 +182,20 @@ __device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta<kRow
 template <class Tr>
 __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>& smem, int wg, int warp, int lane) {
   using T = typename Tr::T;
-  wait_for_predecessor();
-  named_sync(kStart, kThreads);  // the barriers are initialised, the part is there
   cutlass::arch::warpgroup_reg_alloc<kComputeRegisters>();
-  const Cta<kRowTile> cta{p, smem.part};
-  if (threadIdx.x == kComputeThreads - 1) announce_splits(cta, smem.splits);
-  // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
-  const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
+  const Cta cta{p, smem.part};
+  if (threadIdx.x < kRowTile) {
+    const int place = cta.index_of(threadIdx.x), of_token = cta.token_of(threadIdx.x);
+    smem.places[threadIdx.x] = {place, (place - of_token * p.h_q) * p.s_q + of_token};
+  }
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
   const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])},
             first_token = cta.token_of(0);
+  wait_for_predecessor();
+  named_sync(kStart, kThreads);  // the part is there
+  if (threadIdx.x == kComputeThreads - 1) announce_splits(cta, smem.splits);
+  // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
+  const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
   uint32_t k_phase = 0, q_phase = 0;
   float o[128], s[32], reference[2], sum[2], factor[2];
   uint32_t probs[16], q_rope[16];
@@ -205,7 +209,6 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
     __syncwarp();  // an arrival releases the arriving thread's accesses only
     if (lane == 0) barrier_arrive(bar);
   };
-  auto first_partial = [&](const Work& w) { return (int64_t(w.slot) * p.h_kv + cta.kv_head()) * p.rows + cta.row0(); };
   auto rescale = [&] {
     pin(o);
     scale_rows(o, factor);
@@ -377,27 +380,25 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
     for (int r = 0; r < 2; ++r) {
       const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
       const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
-      const float lse2 = any ? reference[r] + log2f(total) : -INFINITY;
       inverse[r] = any ? 1.f / total : 0.f;
       if (index[r] >= 0 && wg == 0 && (lane & 3) == 0) {
-        const int head = index[r] - token[r] * p.h_q;
         if (w.slot < 0)
-          p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token[r]] = lse2 * kLn2;
+          p.lse[cta.first_index(seq) + smem.places[tile_row[r]].lse_index] = any ? (reference[r] + log2f(total)) * kLn2 : -INFINITY;
         else if (w.slot < p.slots)
-          p.partial_lse[first_partial(w) + tile_row[r]] = lse2;
+          partial_stats(cta, w.slot)[tile_row[r]] = make_float2(reference[r], total);
       }
     }
-    // P is free: both warpgroups are through with their last products.
-    if (w.slot < 0) {
+    if (w.slot < 0) {  // through P, which is free: both warpgroups are through with their last products
       T* out = static_cast<T*>(p.out) + cta.first_index(seq) * kDv + wg * (kDv / 2);
-      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return cta.index_of(16 * warp + i); });
-    } else if (w.slot < p.slots) {
-      float* out = p.partial_out + first_partial(w) * kDv + wg * (kDv / 2);
-      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return cta.row0() + 16 * warp + i < p.rows ? 16 * warp + i : -1; });
+      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return smem.places[16 * warp + i].index; });
+    } else if (w.slot < p.slots && cta.row0() + 16 * warp < p.rows) {
+      float4* out = partial_fragments(cta, w.slot, 16 * warp) + wg * (kRowFragments / 2 * kFragmentLanes) + lane;
+#pragma unroll
+      for (int i = 0; i < kRowFragments / 2; ++i) out[i * kFragmentLanes] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
     }
   }
-  static_assert(kMergeThreads == kComputeThreads && kMergeScratch <= sizeof(smem.p));
-  if (cta.part.begin_seq <= cta.last_seq()) merge_splits<T>(cta, smem.splits, smem.p, kRowSums);
+  static_assert(kMergeThreads == kComputeThreads && sizeof(MergeScratch) <= sizeof(smem.k));  // all keys have been used by then
+  if (cta.part.begin_seq <= cta.last_seq()) merge_splits<T>(cta, smem.places, smem.splits, reinterpret_cast<MergeScratch&>(smem.k), kRowSums);
 }
 
 // ---- kernel and launcher ------------------------------------------------------------------------------------------------------------------------
@@ -420,12 +421,14 @@ template <class T, int kDqk>
 Status launch_dense_decode(const DenseDecodeParams& p) {
   using Tr = Traits<T, kDqk>;
   CUtensorMap q_map, k_map;
-  if (Status error = encode_maps<T>(q_map, k_map, p, kRowTile)) return error;
+  if (Status error = encode_maps<T>(q_map, k_map, p)) return error;
   const auto kernel = dense_decode_kernel<Tr>;
   constexpr size_t smem = sizeof(Storage<Tr>);
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return cudaGetErrorString(err);
   const dim3 grid((p.rows + kRowTile - 1) / kRowTile, p.h_kv, p.num_parts);
-  if (cudaError_t err = launch(kernel, grid, kThreads, smem, p.stream, q_map, k_map, p)) return cudaGetErrorString(err);
+  // Row tiles read the same keys. As clusters they run side by side and in step, and the second one finds them in L2.
+  const int cluster = grid.x % 2 == 0 ? 2 : 1;
+  if (cudaError_t err = launch(kernel, {grid, kThreads, smem, cluster}, p.stream, q_map, k_map, p)) return cudaGetErrorString(err);
   return nullptr;
 }
 

@@ -12,12 +12,4 @@ template <class T, int kDqk>
 Status launch_dense_decode(const DenseDecodeParams& params);
 }  // namespace dense_decode
 
-namespace dense_decode_few_rows {
-// Query rows for which it is taken. It can do 32, and passes its emulated tests; 0 until it has run on a GPU.
-inline constexpr int kMaxRows = 0;
-// The same for few query rows, in dense_decode_few_rows_<dtype>_<d_qk>.cu.
-template <class T, int kDqk>
-Status launch_dense_decode_few_rows(const DenseDecodeParams& params);
-}  // namespace dense_decode_few_rows
-
 }  // namespace jax_flashmla

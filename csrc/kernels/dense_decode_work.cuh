@@ -1,4 +1,4 @@
-// What every dense decode kernel shares: the part of the schedule of a CTA and the pieces in it, pages, and the tensor maps of q and k_cache.
+// What a CTA works on: its part of the schedule and the pieces in it, pages, and the tensor maps of q and k_cache.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,13 +29,11 @@ __device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
 }
 
 // What a CTA is: its row tile, KV head and part.
-template <int kRows>  // of a tile
 struct Cta {
-  static constexpr int kTileRows = kRows;
   const DenseDecodeParams& p;
   const Part& part;
 
-  __device__ int row0() const { return blockIdx.x * kRows; }
+  __device__ int row0() const { return blockIdx.x * kRowTile; }
   __device__ int kv_head() const { return blockIdx.y; }
   __device__ int last_seq() const { return part.end_block > 0 ? part.end_seq : part.end_seq - 1; }
 
@@ -52,7 +50,7 @@ struct Cta {
 
   __device__ Work work(int seq) const {
     Work w{seq, min(max(p.cache_seqlens[seq], 0), p.max_len)};
-    const int keys = max(keys_of(w.len, token_of(kRows - 1)), 0);
+    const int keys = max(keys_of(w.len, token_of(kRowTile - 1)), 0);
     const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
     w.begin = seq == part.begin_seq ? max(part.begin_block, 0) : 0;
     w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;
@@ -86,26 +84,25 @@ __device__ __forceinline__ Pages load_pages(const DenseDecodeParams& p, const Wo
 }
 
 // Rows of one KV head that lie one after the other in q: all of a sequence's where there is one head, else some of a token's.
-__host__ __device__ inline int q_box_rows(const DenseDecodeParams& p, int tile_rows) {
-  int rows = tile_rows;
+__host__ __device__ inline int q_box_rows(const DenseDecodeParams& p) {
+  int rows = kRowTile;
   while (p.h_kv > 1 && p.group % rows != 0) rows /= 2;
   return rows;
 }
 
 // Columns 64t .. 64t+63 of the tile's rows of Q. Rows past the end of the sequence lie outside of the map and become zeros.
-template <class T, int kRows>
-__device__ __forceinline__ void load_q(const CUtensorMap& q_map, Barrier& full, T* dst, const Cta<kRows>& cta, int seq, int t) {
-  const int box = q_box_rows(cta.p, kRows);
-  for (int i = 0; i < kRows; i += box) {
+template <class T>
+__device__ __forceinline__ void load_q(const CUtensorMap& q_map, Barrier& full, T* dst, const Cta& cta, int seq, int t) {
+  const int box = q_box_rows(cta.p);
+  for (int i = 0; i < kRowTile; i += box) {
     const int row = cta.row0() + i, token = cta.p.h_kv > 1 ? row / cta.p.group : 0;
     tma_load(q_map, full, dst + i * 64, t * 64, row - token * cta.p.group, cta.kv_head(), token, seq);
   }
 }
 
 // Columns 64t .. 64t+63 of a block of keys. A page of -1 lies outside of the map: zeros are written, and count as bytes.
-template <class T, int kRows>
-__device__ __forceinline__ void load_k(const CUtensorMap& k_map, Barrier& full, T* dst, const Cta<kRows>& cta, const Pages& pages, int block, int tokens,
-                                       int t) {
+template <class T>
+__device__ __forceinline__ void load_k(const CUtensorMap& k_map, Barrier& full, T* dst, const Cta& cta, const Pages& pages, int block, int tokens, int t) {
   if (tokens == kBlockTokens) {
     tma_load(k_map, full, dst, t * 64, cta.kv_head(), block * kBlockTokens & (cta.p.page_size - 1), pages.id[0]);
   } else {
@@ -131,15 +128,15 @@ Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[k
   return err == CUDA_SUCCESS ? nullptr : "dense_decode: the CUDA driver refused a tensor map of q or k_cache";
 }
 
-// The maps of q, in boxes of up to tile_rows rows, and of k_cache, in boxes of up to kBlockTokens tokens.
+// The maps of q, in boxes of up to kRowTile rows, and of k_cache, in boxes of up to kBlockTokens tokens.
 template <class T>
-Status encode_maps(CUtensorMap& q_map, CUtensorMap& k_map, const DenseDecodeParams& p, int tile_rows) {
+Status encode_maps(CUtensorMap& q_map, CUtensorMap& k_map, const DenseDecodeParams& p) {
   const int64_t d = p.d_qk;
   // q as [b, token, KV head, row of the head, d], or with one KV head as [b, 1, 1, row, d]; k_cache as [page, token, KV head, d].
   const bool one = p.h_kv == 1;
   if (Status error =
           encode_map<T, 5>(q_map, p.q, {cuuint64_t(d), cuuint64_t(one ? p.rows : p.group), cuuint64_t(p.h_kv), cuuint64_t(one ? 1 : p.s_q), cuuint64_t(p.b)},
-                           {d, p.group * d, p.h_q * d, int64_t(p.s_q) * p.h_q * d}, 1, q_box_rows(p, tile_rows)))
+                           {d, p.group * d, p.h_q * d, int64_t(p.s_q) * p.h_q * d}, 1, q_box_rows(p)))
     return error;
   if (Status error = encode_map<T, 4>(k_map, p.k_cache, {cuuint64_t(d), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)},
                                       {d, p.h_kv * d, int64_t(p.page_size) * p.h_kv * d}, 2, std::min(p.page_size, kBlockTokens)))

@@ -22,7 +22,7 @@ __global__ void clear_split_counters_kernel(uint64_t* counters, int64_t count) {
 Status clear_split_counters(const DenseDecodeParams& p) {
   const int64_t count = int64_t(p.slots) * p.h_kv * ((p.rows + kRowTile - 1) / kRowTile), ctas = (count + kThreads - 1) / kThreads;
   const dim3 grid(unsigned(std::min<int64_t>(ctas, kMaxCtas)));
-  const cudaError_t err = launch(clear_split_counters_kernel, grid, kThreads, 0, p.stream, p.counters, count);
+  const cudaError_t err = launch(clear_split_counters_kernel, {grid, kThreads}, p.stream, p.counters, count);
   return err == cudaSuccess ? nullptr : cudaGetErrorString(err);
 }
 

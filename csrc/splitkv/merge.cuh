@@ -1,14 +1,17 @@
 // Merges, inside the decode kernel, the partial results of the sequences that the schedule split:
 //
-//   out = sum_s 2^(lse_s - lse) out_s,   lse = log2 sum_s 2^lse_s,   in float32 and in a fixed order
+//   out = sum_s w_s O_s / sum_s w_s l_s,   w_s = 2^(m_s - max m),      in float32 and in a fixed order
+//
+// where split s wrote its output O_s as it was accumulated, against the reference maximum m_s, and its row sums l_s.
 //
 // A CTA that is through with all of its pieces arrives at a counter for each split sequence that it had a piece of. The merge is done by those that found
-// every piece of the sequence already started: they wait for the rest to arrive and share the rows. A CTA therefore waits only for CTAs that run, and none
+// every piece of the sequence already started: they wait for the rest to arrive and share the work. A CTA therefore waits only for CTAs that run, and none
 // of those waits before it has arrived: nobody depends on who is resident. Where nobody could wait, the last to arrive merges alone. How many help
 // decides who adds up what, never in which order.
+//
+// Everything here runs once per CTA, so it is short before it is anything else: code that is not in the instruction cache is what costs.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -19,9 +22,29 @@
 
 namespace jax_flashmla {
 
+// Output O_s lies in memory as a warp holds it: a fragment is 16 rows x 8 columns, lane l has rows l/4 and + 8, columns 2(l%4) and + 1 as one float4. The
+// fragments of 16 rows are 512 columns in order; one warpgroup's warp writes half of them.
+inline constexpr int kFragmentRows = 16, kRowFragments = kDv / 8, kFragmentLanes = 32;
+
+template <class Cta>
+__device__ __forceinline__ float4* partial_fragments(const Cta& cta, int slot, int tile_row) {
+  const auto& p = cta.p;
+  const int64_t groups = (p.rows + kFragmentRows - 1) / kFragmentRows, group = (cta.row0() + tile_row) / kFragmentRows;
+  return reinterpret_cast<float4*>(p.partial_out) + ((int64_t(slot) * p.h_kv + cta.kv_head()) * groups + group) * (kRowFragments * kFragmentLanes);
+}
+template <class Cta>
+__device__ __forceinline__ float2* partial_stats(const Cta& cta, int slot) {  // of the rows of the tile: m_s and l_s
+  return reinterpret_cast<float2*>(cta.p.partial_stats) + (int64_t(slot) * cta.p.h_kv + cta.kv_head()) * cta.p.rows + cta.row0();
+}
+
 // A counter holds three numbers of CTAs. A part has at most two split sequences: the one it begins in and the one it ends in.
 inline constexpr uint64_t kHelper = 1, kArrived = 1ull << 21, kStarted = 1ull << 42;
 __device__ __forceinline__ int count_of(uint64_t counter, uint64_t unit) { return int(counter / unit & (kArrived - 1)); }
+
+// Where a row of the tile lies among those of its sequence: in q and out, -1 for a row past the end, and in lse.
+struct RowPlace {
+  int index, lse_index;
+};
 
 // In shared memory.
 struct SplitSequences {
@@ -30,8 +53,16 @@ struct SplitSequences {
 };
 
 constexpr int kMergeWarps = 8, kMergeThreads = kMergeWarps * 32;
-constexpr int kChunk = 128, kChunks = kDv / kChunk;  // columns that a warp reads as one float4 per lane
-constexpr int kMergeScratch = kMergeThreads * sizeof(float4);
+constexpr int kMaxSplits = 256;  // of a sequence; a plan has one part per SM and tile, and more splits than that are made up
+
+constexpr int kMaxPadding = 16 * kMergeWarps;  // a batch of a warp is sixteen splits, of all sharers as many each
+
+// In shared memory too, while a sequence is merged.
+struct MergeScratch {
+  float weight[kMaxSplits + kMaxPadding][kRowTile];
+  float top[4][kRowTile], sum[4][kRowTile], reference[kRowTile];
+  float4 shared[kMergeWarps][32];
+};
 
 template <class Cta>
 __device__ __forceinline__ uint64_t& split_counter(const Cta& cta, int first_slot) {
@@ -47,113 +78,123 @@ __device__ __forceinline__ void announce_splits(const Cta& cta, SplitSequences& 
     own.splits[i] = own.helpers[i] = 0;
     if (begin > last || (i == 1 && last == begin)) continue;
     const int first = cta.p.num_splits[seq], splits = cta.p.num_splits[seq + 1] - first;
-    if (splits <= 0 || first < 0 || splits > cta.p.slots - first) continue;  // not split, or a made-up plan
+    if (splits <= 0 || splits > kMaxSplits || first < 0 || splits > cta.p.slots - first) continue;  // not split, or a made-up plan
     own.seq[i] = seq, own.first_slot[i] = first, own.splits[i] = splits;
     counter_add(split_counter(cta, first), kStarted);
   }
 }
 
-// Splits in batches of kBatch, whose partial results are on their way at once: kPerWarp column chunks of one row each. A warp adds up every `stride`-th split
-// from `start` on. Written to be short: no CTA has run this code before it comes here.
-template <int kPerWarp>
-struct MergedRow {
-  static constexpr int kBatch = 16 / kPerWarp;
-  float lse;
-  float4 sum[kPerWarp] = {};
-
-  __device__ __forceinline__ static void add(float4& a, float w, const float4& v) {
-    a.x = fmaf(w, v.x, a.x), a.y = fmaf(w, v.y, a.y), a.z = fmaf(w, v.z, a.z), a.w = fmaf(w, v.w, a.w);
+// Weights of all splits and rows, and zeros for `padding` splits more. Four threads share a row.
+template <class Cta>
+__device__ __forceinline__ void merge_weights(const Cta& cta, int first_slot, int splits, int padding, MergeScratch& scratch, int barrier) {
+  const int row = threadIdx.x % kRowTile, share = threadIdx.x / kRowTile;
+  const bool any = cta.row0() + row < cta.p.rows;
+  const float2* stats = partial_stats(cta, first_slot) + row;
+  const int64_t step = int64_t(cta.p.h_kv) * cta.p.rows;
+  float top = -INFINITY, sum = 0.f;
+#pragma unroll 4
+  for (int s = share; any && s < splits; s += 4) top = fmaxf(top, stats[s * step].x);
+  scratch.top[share][row] = top;
+  named_sync(barrier, kMergeThreads);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) top = fmaxf(top, scratch.top[i][row]);
+#pragma unroll 1
+  for (int s = share; s < splits + padding; s += 4) {
+    const float2 m_l = any && s < splits ? stats[s * step] : float2{-INFINITY, 0.f};
+    // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
+    const float weight = m_l.x == -INFINITY ? (m_l.y == 0.f ? 0.f : 1.f) : exp2_fast(m_l.x - top);
+    scratch.weight[s][row] = weight;
+    sum = fmaf(weight, m_l.y, sum);
   }
-
-  // lse_of: of split 0; step: rows from one split to the next; part_of: of split 0, this lane's column of the first chunk.
-  __device__ __forceinline__ MergedRow(const float* lse_of, const float4* part_of, int64_t step, int splits, int start, int stride) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll 1
-    for (int s0 = start; s0 < splits; s0 += kBatch * stride) {
-      const int own = s0 + lane * stride;
-      float weight = lane < kBatch && own < splits ? lse_of[own * step] : -INFINITY;
-      float4 batch[kBatch][kPerWarp];
-      const float4* next = part_of + s0 * step * (kDv / 4);
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k, next += stride * step * (kDv / 4))
-#pragma unroll
-        for (int c = 0; c < kPerWarp; ++c) batch[k][c] = s0 + k * stride < splits ? next[c * (kChunk / 4)] : float4{};
-      if (s0 == start) set_lse(lse_of, step, splits);                // behind the loads
-      weight = weight == -INFINITY ? 0.f : exp2_fast(weight - lse);  // an empty split wrote zeros
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const float w = __shfl_sync(~0u, weight, k);
-#pragma unroll
-        for (int c = 0; c < kPerWarp; ++c) add(sum[c], w, batch[k][c]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void set_lse(const float* lse_of, int64_t step, int splits) {
-    const int lane = threadIdx.x & 31;
-    float top = -INFINITY, total = 0.f;
-#pragma unroll 1
-    for (int s = lane; s < splits; s += 32) top = fmaxf(top, lse_of[s * step]);
-#pragma unroll
-    for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-#pragma unroll 1
-    for (int s = lane; s < splits; s += 32) {
-      const float l = lse_of[s * step];
-      total += l == -INFINITY ? 0.f : exp2_fast(l - top);
-    }
-#pragma unroll
-    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
-    lse = total == 0.f ? -INFINITY : top + log2f(total);
-  }
-};
-
-// This CTA's share of the rows of one sequence.
-template <class T, class Cta>
-__device__ __forceinline__ void merge_sequence(const Cta& cta, int seq, int first_slot, int splits, int order, int helpers, float4* scratch, int barrier) {
-  const auto& p = cta.p;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-  const int rows = min(Cta::kTileRows, p.rows - cta.row0());
-  const int64_t step = int64_t(p.h_kv) * p.rows, first = first_slot * step + int64_t(cta.kv_head()) * p.rows + cta.row0();
-  auto part_of = [&](int row, int chunk) { return reinterpret_cast<const float4*>(p.partial_out + (first + row) * kDv) + chunk * (kChunk / 4) + lane; };
-  auto store = [&](int row, int chunk, const float4* sum, int chunks, float lse) {
-    const int index = cta.index_of(row), token = cta.token_of(row), head = index - token * p.h_q;
-    auto* out = reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (cta.first_index(seq) + index) * kDv) + chunk * (kChunk / 4) + lane;
-#pragma unroll
-    for (int c = 0; c < chunks; ++c) out[c * (kChunk / 4)] = make_uint2(pack<T>(sum[c].x, sum[c].y), pack<T>(sum[c].z, sum[c].w));
-    if (chunk == 0 && lane == 0) p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = lse * kLn2;
-  };
-  // How a row is divided depends on the plan alone, so that the sums do; helpers == splits when all help.
-  if (rows >= kMergeWarps * splits) {  // enough whole rows for every warp
-#pragma unroll 1
-    for (int row = order * kMergeWarps + warp; row < rows; row += helpers * kMergeWarps) {
-      const MergedRow<kChunks> merged(p.partial_lse + first + row, part_of(row, 0), step, splits, 0, 1);
-      store(row, 0, merged.sum, kChunks, merged.lse);
-    }
-    return;
-  }
-  // A column chunk of a row for every warp, or for the first of several warps that share its splits.
-  int sharers = 1;
-  while (sharers < kMergeWarps && rows * sharers <= splits) sharers *= 2;
-  const int teams = kMergeWarps / sharers, units = rows * kChunks;
-#pragma unroll 1
-  for (int unit0 = order * teams; unit0 < units; unit0 += helpers * teams) {
-    const int unit = unit0 + warp / sharers, row = unit / kChunks, chunk = unit % kChunks, sharer = warp % sharers;
-    const bool any = unit < units;
-    MergedRow<1> merged(p.partial_lse + first + row, part_of(row, chunk), step, any ? splits : 0, sharer, sharers);
-    if (sharers > 1) {
-      scratch[warp * 32 + lane] = merged.sum[0];
-      named_sync(barrier, kMergeThreads);
-#pragma unroll 1
-      for (int w = 1; w < sharers && sharer == 0; ++w) MergedRow<1>::add(merged.sum[0], 1.f, scratch[(warp + w) * 32 + lane]);
-      named_sync(barrier, kMergeThreads);
-    }
-    if (any && sharer == 0) store(row, chunk, merged.sum, 1, merged.lse);
-  }
+  scratch.sum[share][row] = sum;
+  if (share == 0) scratch.reference[row] = top;
+  named_sync(barrier, kMergeThreads);
 }
 
-// All kMergeThreads, when the CTA's partial results are written. `scratch`: kMergeScratch bytes of shared memory.
+// This CTA's share of one sequence. Divided by the plan alone, so that the sums are always the same; helpers == splits when all help.
 template <class T, class Cta>
-__device__ __forceinline__ void merge_splits(const Cta& cta, SplitSequences& own, void* scratch, int barrier) {
+__device__ __forceinline__ void merge_sequence(const Cta& cta, const RowPlace* places, int seq, int first_slot, int splits, int order, int helpers,
+                                               MergeScratch& scratch, int barrier) {
+  const auto& p = cta.p;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
+  const int fragments = (min(kRowTile, p.rows - cta.row0()) + kFragmentRows - 1) / kFragmentRows * kRowFragments;
+  // A warp has sixteen loads on their way: four fragments of up to four splits, or one fragment of sixteen, which several warps may share.
+  const bool wide = splits <= 4;
+  int sharers = 1;
+  while (!wide && sharers < kMergeWarps && 2 * sharers * fragments <= kMergeWarps * splits) sharers *= 2;
+  const int teams = kMergeWarps / sharers, units = wide ? fragments / 4 : fragments, sharer = warp % sharers;
+  const int64_t split_step = partial_fragments(cta, first_slot + 1, 0) - partial_fragments(cta, first_slot, 0), inner = sharers * split_step;
+  const int64_t outer = wide ? kFragmentLanes : 4 * inner;
+  const int inner_splits = sharers, outer_splits = wide ? 0 : 4 * sharers;
+  bool weighted = false;
+  int unit0 = order * teams;
+#pragma unroll 1
+  do {
+    const int unit = unit0 + warp / sharers, fragment = wide ? 4 * unit : unit, end = unit < units ? splits : 0;
+    const int row = fragment / kRowFragments * kFragmentRows + lane / 4;
+    const float4* next = partial_fragments(cta, first_slot, 0) + int64_t(fragment) * kFragmentLanes + lane + sharer * split_step;
+    float4 sum[4] = {};
+    int s0 = sharer;
+#pragma unroll 1
+    do {
+      float4 batch[4][4];
+#pragma unroll
+      for (int a = 0; a < 4; ++a, next += outer) {
+        const float4* from = next;
+#pragma unroll
+        for (int b = 0; b < 4; ++b, from += inner) batch[a][b] = s0 + a * outer_splits + b * inner_splits < end ? *from : float4{};
+      }
+      if (!weighted) merge_weights(cta, first_slot, splits, 16 * sharers, scratch, barrier);  // while they are on their way
+      weighted = true;
+#pragma unroll
+      for (int a = 0; a < 4; ++a)
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const float* weight = scratch.weight[s0 + a * outer_splits + b * inner_splits] + row;  // zeros past the end
+          const float4& v = batch[a][b];
+          sum[a].x = fmaf(weight[0], v.x, sum[a].x), sum[a].y = fmaf(weight[0], v.y, sum[a].y);
+          sum[a].z = fmaf(weight[8], v.z, sum[a].z), sum[a].w = fmaf(weight[8], v.w, sum[a].w);
+        }
+      s0 += 16 * sharers;
+    } while (s0 < end);
+
+    auto add = [](float4& a, const float4& b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; };
+    if (!wide) add(sum[0], sum[1]), add(sum[2], sum[3]), add(sum[0], sum[2]);
+    if (sharers > 1) {
+      scratch.shared[warp][lane] = sum[0];
+      named_sync(barrier, kMergeThreads);
+      if (sharer == 0) {
+#pragma unroll 1
+        for (int i = 1; i < sharers; ++i) add(sum[0], scratch.shared[warp + i][lane]);
+      }
+      named_sync(barrier, kMergeThreads);
+    }
+    if (end > 0 && sharer == 0) {
+      const int column = fragment % kRowFragments * 8 + 2 * (lane & 3);
+#pragma unroll 1
+      for (int r = 0; r < 2; ++r) {
+        const int tile_row = row + 8 * r;
+        const RowPlace place = places[tile_row];
+        float total = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total += scratch.sum[i][tile_row];
+        const float inverse = total != 0.f ? 1.f / total : 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
+        if (place.index >= 0) {
+          auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (cta.first_index(seq) + place.index) * kDv + column);
+#pragma unroll
+          for (int a = 0; a < 4; ++a)
+            if (a == 0 || wide) out[4 * a] = pack<T>((r ? sum[a].z : sum[a].x) * inverse, (r ? sum[a].w : sum[a].y) * inverse);
+          if (column == 0) p.lse[cta.first_index(seq) + place.lse_index] = total != 0.f ? (scratch.reference[tile_row] + log2f(total)) * kLn2 : -INFINITY;
+        }
+      }
+    }
+  } while ((unit0 += helpers * teams) < units);
+  named_sync(barrier, kMergeThreads);  // the scratch is free
+}
+
+// All kMergeThreads, when the CTA's partial results are written.
+template <class T, class Cta>
+__device__ __forceinline__ void merge_splits(const Cta& cta, const RowPlace* places, SplitSequences& own, MergeScratch& scratch, int barrier) {
   if (own.splits[0] + own.splits[1] == 0) return;
   // On its way while the slower warps write.
   const uint64_t seen = threadIdx.x < 2 && own.splits[threadIdx.x] > 0 ? counter_load(split_counter(cta, own.first_slot[threadIdx.x])) : 0;
@@ -177,8 +218,7 @@ __device__ __forceinline__ void merge_splits(const Cta& cta, SplitSequences& own
   named_sync(barrier, kMergeThreads);
 #pragma unroll 1
   for (int i = 0; i < 2; ++i)
-    if (own.helpers[i] > 0)
-      merge_sequence<T>(cta, own.seq[i], own.first_slot[i], own.splits[i], own.order[i], own.helpers[i], static_cast<float4*>(scratch), barrier);
+    if (own.helpers[i] > 0) merge_sequence<T>(cta, places, own.seq[i], own.first_slot[i], own.splits[i], own.order[i], own.helpers[i], scratch, barrier);
 }
 
 }  // namespace jax_flashmla

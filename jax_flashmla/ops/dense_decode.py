@@ -26,8 +26,8 @@ def workspaces(q, k_cache, metadata):
     slots = max(1, parts - 1 + min(b, parts - 1)) if isinstance(b, int) and isinstance(parts, int) else 2 * parts
     rows = s_q * h_q // h_kv
     return [
-        jax.ShapeDtypeStruct((slots, h_kv, rows, reference.D_V), jnp.float32),
-        jax.ShapeDtypeStruct((slots, h_kv, rows), jnp.float32),
+        jax.ShapeDtypeStruct((slots, h_kv, -(-rows // 16) * 16, reference.D_V), jnp.float32),  # whole fragments
+        jax.ShapeDtypeStruct((slots, h_kv, rows, 2), jnp.float32),  # reference maxima and sums
         jax.ShapeDtypeStruct((slots, h_kv, -(-rows // ROW_TILE), 2), jnp.int32),  # counters of the merge, 64 bits each
     ]
 

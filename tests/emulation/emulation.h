@@ -35,16 +35,17 @@ struct dim3 {
 inline thread_local dim3 threadIdx, blockIdx, gridDim;
 using std::max, std::min;
 
-struct uint2 {
-  uint32_t x, y;
-};
 struct uint4 {
   uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
 };
 struct float4 {
   float x, y, z, w;
 };
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 struct __nv_bfloat16 {

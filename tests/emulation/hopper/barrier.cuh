@@ -46,7 +46,6 @@ inline void barrier_wait(Barrier& bar, uint32_t parity) {
 
 inline void named_sync(int id, int threads) { emulation::named_barrier(id, threads, true, false); }
 inline void named_arrive(int id, int threads) { emulation::named_barrier(id, threads, false, false); }
-inline bool named_or(int id, int threads, bool value) { return emulation::named_barrier(id, threads, true, value); }
 inline void fence_async_proxy() {}
 
 }  // namespace jax_flashmla

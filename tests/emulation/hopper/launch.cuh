@@ -13,9 +13,15 @@ namespace jax_flashmla {
 inline void wait_for_predecessor() {}
 inline void let_successor_start() {}
 
+struct Shape {
+  dim3 grid, block;
+  size_t smem = 0;
+  int cluster = 1;
+};
+
 template <class... Args>
-cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, size_t, cudaStream_t, const Args&... args) {
-  return emulation::launch(kernel, grid, block, args...);
+cudaError_t launch(void (*kernel)(Args...), const Shape& shape, cudaStream_t, const Args&... args) {
+  return emulation::launch(kernel, shape.grid, shape.block, args...);
 }
 
 }  // namespace jax_flashmla

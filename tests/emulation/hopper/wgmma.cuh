@@ -15,12 +15,6 @@ struct Atoms {
   using PvSS = Atom<Major::kK, Major::kMN>;
   using PvRS = PvSS;
 };
-template <class T, int N>
-struct TransposedAtoms {
-  using Scores = Atom<Major::kK, Major::kK>;
-  using Output = Atom<Major::kMN, Major::kK>;
-};
-
 inline constexpr int kSubTileBytes = 64 * 128;
 inline uint64_t smem_desc(const void* tile, uint32_t leading = 16) { return smem_address(tile) >> 4 | uint64_t(leading >> 4) << 16; }
 

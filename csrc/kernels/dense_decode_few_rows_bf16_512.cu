@@ -1,3 +1,0 @@
-#include "kernels/dense_decode_few_rows.cuh"
-
-template jax_flashmla::Status jax_flashmla::dense_decode_few_rows::launch_dense_decode_few_rows<__nv_bfloat16, 512>(const DenseDecodeParams&);
