@@ -76,11 +76,12 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
   if (lane == 0) tma_prefetch_map(own ? k_map : q_map);
   barrier_init_fence();
+  Part part;
+  const Cta cta{p, part};
   named_sync(kProducers, kThreads - kComputeThreads);
   wait_for_predecessor();
   // The longest chain of loads at the start of a CTA: part, then length and pages, then keys.
-  const Part part = load_part(p);
-  const Cta cta{p, part};
+  part = load_part(p);
   if (warp == 0 && lane == 0) smem.part = part;
   named_arrive(kStart, kThreads);
   if (lane != 0) return;

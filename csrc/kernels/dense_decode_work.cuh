@@ -32,6 +32,7 @@ __device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
 struct Cta {
   const DenseDecodeParams& p;
   const Part& part;
+  int last_token = token_of(kRowTile - 1);  // made early: a division
 
   __device__ int row0() const { return blockIdx.x * kRowTile; }
   __device__ int kv_head() const { return blockIdx.y; }
@@ -50,7 +51,7 @@ struct Cta {
 
   __device__ Work work(int seq) const {
     Work w{seq, min(max(p.cache_seqlens[seq], 0), p.max_len)};
-    const int keys = max(keys_of(w.len, token_of(kRowTile - 1)), 0);
+    const int keys = max(keys_of(w.len, last_token), 0);
     const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
     w.begin = seq == part.begin_seq ? max(part.begin_block, 0) : 0;
     w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;

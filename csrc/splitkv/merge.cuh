@@ -53,14 +53,12 @@ struct SplitSequences {
 };
 
 constexpr int kMergeWarps = 8, kMergeThreads = kMergeWarps * 32;
-constexpr int kMaxSplits = 256;  // of a sequence; a plan has one part per SM and tile, and more splits than that are made up
-
-constexpr int kMaxPadding = 16 * kMergeWarps;  // a batch of a warp is sixteen splits, of all sharers as many each
+constexpr int kMaxSplits = 192;  // of a sequence; a plan has one part per SM and tile, and more splits than that are made up
 
 // In shared memory too, while a sequence is merged.
 struct MergeScratch {
-  float weight[kMaxSplits + kMaxPadding][kRowTile];
-  float top[4][kRowTile], sum[4][kRowTile], reference[kRowTile];
+  float weight[kMaxSplits * kRowTile], l[kMaxSplits * kRowTile];  // of a split and row; weight is m at first
+  float top[kMergeThreads], sum[kMergeThreads];                   // of a share of the splits and a row
   float4 shared[kMergeWarps][32];
 };
 
@@ -84,30 +82,39 @@ __device__ __forceinline__ void announce_splits(const Cta& cta, SplitSequences& 
   }
 }
 
-// Weights of all splits and rows, and zeros for `padding` splits more. Four threads share a row.
+// Weights of all splits for 2^row_bits rows; several threads share a row, each with its share of the splits.
 template <class Cta>
-__device__ __forceinline__ void merge_weights(const Cta& cta, int first_slot, int splits, int padding, MergeScratch& scratch, int barrier) {
-  const int row = threadIdx.x % kRowTile, share = threadIdx.x / kRowTile;
-  const bool any = cta.row0() + row < cta.p.rows;
-  const float2* stats = partial_stats(cta, first_slot) + row;
+__device__ __forceinline__ void merge_weights(const Cta& cta, int first_slot, int splits, int row_bits, MergeScratch& scratch, int barrier) {
+  constexpr int kBatch = 8;
+  const int rows = 1 << row_bits, shares = kMergeThreads >> row_bits, share = threadIdx.x >> row_bits, row = threadIdx.x & (rows - 1);
+  const bool there = cta.row0() + row < cta.p.rows;
   const int64_t step = int64_t(cta.p.h_kv) * cta.p.rows;
+  const float2* next = partial_stats(cta, first_slot) + row + share * step;
   float top = -INFINITY, sum = 0.f;
-#pragma unroll 4
-  for (int s = share; any && s < splits; s += 4) top = fmaxf(top, stats[s * step].x);
-  scratch.top[share][row] = top;
-  named_sync(barrier, kMergeThreads);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) top = fmaxf(top, scratch.top[i][row]);
 #pragma unroll 1
-  for (int s = share; s < splits + padding; s += 4) {
-    const float2 m_l = any && s < splits ? stats[s * step] : float2{-INFINITY, 0.f};
-    // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
-    const float weight = m_l.x == -INFINITY ? (m_l.y == 0.f ? 0.f : 1.f) : exp2_fast(m_l.x - top);
-    scratch.weight[s][row] = weight;
-    sum = fmaf(weight, m_l.y, sum);
+  for (int s0 = share; s0 < splits; s0 += kBatch * shares) {
+    float2 m_l[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, next += shares * step) m_l[i] = there && s0 + i * shares < splits ? *next : float2{-INFINITY, 0.f};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = (s0 + i * shares << row_bits) + row;
+      if (s0 + i * shares < splits) scratch.weight[at] = m_l[i].x, scratch.l[at] = m_l[i].y;
+      top = fmaxf(top, m_l[i].x);
+    }
   }
-  scratch.sum[share][row] = sum;
-  if (share == 0) scratch.reference[row] = top;
+  scratch.top[threadIdx.x] = top;
+  named_sync(barrier, kMergeThreads);
+#pragma unroll 4
+  for (int i = 0; i < shares; ++i) top = fmaxf(top, scratch.top[(i << row_bits) + row]);
+#pragma unroll 2
+  for (int at = threadIdx.x; at < splits << row_bits; at += kMergeThreads) {
+    // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
+    const float m = scratch.weight[at], l = scratch.l[at], weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
+    scratch.weight[at] = weight;
+    sum = fmaf(weight, l, sum);
+  }
+  scratch.sum[threadIdx.x] = sum;
   named_sync(barrier, kMergeThreads);
 }
 
@@ -117,7 +124,8 @@ __device__ __forceinline__ void merge_sequence(const Cta& cta, const RowPlace* p
                                                MergeScratch& scratch, int barrier) {
   const auto& p = cta.p;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-  const int fragments = (min(kRowTile, p.rows - cta.row0()) + kFragmentRows - 1) / kFragmentRows * kRowFragments;
+  const int rows = min(kRowTile, p.rows - cta.row0()), fragments = (rows + kFragmentRows - 1) / kFragmentRows * kRowFragments;
+  const int row_bits = rows > 32 ? 6 : rows > 16 ? 5 : 4;
   // A warp has sixteen loads on their way: four fragments of up to four splits, or one fragment of sixteen, which several warps may share.
   const bool wide = splits <= 4;
   int sharers = 1;
@@ -126,6 +134,11 @@ __device__ __forceinline__ void merge_sequence(const Cta& cta, const RowPlace* p
   const int64_t split_step = partial_fragments(cta, first_slot + 1, 0) - partial_fragments(cta, first_slot, 0), inner = sharers * split_step;
   const int64_t outer = wide ? kFragmentLanes : 4 * inner;
   const int inner_splits = sharers, outer_splits = wide ? 0 : 4 * sharers;
+  auto top_of = [&](int tile_row) {
+    float top = -INFINITY;
+    for (int i = tile_row; i < kMergeThreads; i += 1 << row_bits) top = fmaxf(top, scratch.top[i]);
+    return top;
+  };
   bool weighted = false;
   int unit0 = order * teams;
 #pragma unroll 1
@@ -144,13 +157,13 @@ __device__ __forceinline__ void merge_sequence(const Cta& cta, const RowPlace* p
 #pragma unroll
         for (int b = 0; b < 4; ++b, from += inner) batch[a][b] = s0 + a * outer_splits + b * inner_splits < end ? *from : float4{};
       }
-      if (!weighted) merge_weights(cta, first_slot, splits, 16 * sharers, scratch, barrier);  // while they are on their way
+      if (!weighted) merge_weights(cta, first_slot, splits, row_bits, scratch, barrier);  // while they are on their way
       weighted = true;
 #pragma unroll
       for (int a = 0; a < 4; ++a)
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
-          const float* weight = scratch.weight[s0 + a * outer_splits + b * inner_splits] + row;  // zeros past the end
+          const float* weight = scratch.weight + (min(s0 + a * outer_splits + b * inner_splits, splits - 1) << row_bits) + row;  // past the end times zero
           const float4& v = batch[a][b];
           sum[a].x = fmaf(weight[0], v.x, sum[a].x), sum[a].y = fmaf(weight[0], v.y, sum[a].y);
           sum[a].z = fmaf(weight[8], v.z, sum[a].z), sum[a].w = fmaf(weight[8], v.w, sum[a].w);
@@ -176,15 +189,15 @@ __device__ __forceinline__ void merge_sequence(const Cta& cta, const RowPlace* p
         const int tile_row = row + 8 * r;
         const RowPlace place = places[tile_row];
         float total = 0.f;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total += scratch.sum[i][tile_row];
+#pragma unroll 4
+        for (int i = tile_row; i < kMergeThreads; i += 1 << row_bits) total += scratch.sum[i];
         const float inverse = total != 0.f ? 1.f / total : 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
         if (place.index >= 0) {
           auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (cta.first_index(seq) + place.index) * kDv + column);
 #pragma unroll
           for (int a = 0; a < 4; ++a)
             if (a == 0 || wide) out[4 * a] = pack<T>((r ? sum[a].z : sum[a].x) * inverse, (r ? sum[a].w : sum[a].y) * inverse);
-          if (column == 0) p.lse[cta.first_index(seq) + place.lse_index] = total != 0.f ? (scratch.reference[tile_row] + log2f(total)) * kLn2 : -INFINITY;
+          if (column == 0) p.lse[cta.first_index(seq) + place.lse_index] = total != 0.f ? (top_of(tile_row) + log2f(total)) * kLn2 : -INFINITY;
         }
       }
     }
