@@ -43,9 +43,8 @@ struct DenseDecodeParams {
   const int* num_splits;               // [b + 1], exclusive prefix sum of the number of partial results of each sequence
   void* out;                           // [b, s_q, h_q, d_v]
   float* lse;                          // [b, h_q, s_q], natural logarithm
-  float* partial_out;                  // [slots, h_kv, rows rounded up to 16, d_v], in the order of splitkv/merge.cuh
+  float* partial_out;                  // [slots, h_kv, rows rounded up to 16, d_v], in the order of splitkv/partial.cuh
   float* partial_stats;                // [slots, h_kv, rows, 2], reference maximum (base 2) and sum
-  uint64_t* counters;                  // [slots, h_kv, row tiles]; of a split sequence the one of its first slot is used
   int b, s_q, h_q, h_kv, group, rows;  // group = h_q / h_kv query heads share a KV head; rows = s_q * group; row r is token r / group, head r % group
   int d_qk, num_pages, page_size, max_pages, max_len;  // max_len = max_pages * page_size, capped to int
   int num_parts, slots;

@@ -18,14 +18,14 @@ from test_schedule import BATCHES
 
 from jax_flashmla import ops, testing
 from jax_flashmla.cases import BY_NAME, EDGES, Case
-from jax_flashmla.ops.schedule import MAX_SPLITS, METADATA_WIDTH, ROW_TILE
+from jax_flashmla.ops.schedule import MAX_SPLITS, METADATA_WIDTH
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 SOURCES = (
     "kernels/dense_decode_bf16_512.cu",
     "kernels/dense_decode_bf16_576.cu",
-    "splitkv/merge.cu",
+    "splitkv/combine.cu",
     "splitkv/schedule.cu",
 )
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -37,7 +37,7 @@ pytestmark = [
 
 POINTERS = (
     *("q", "k_cache", "block_table", "cache_seqlens", "metadata", "num_splits"),
-    *("out", "lse", "partial_out", "partial_stats", "counters"),
+    *("out", "lse", "partial_out", "partial_stats"),
 )
 SIZES = (
     *("b", "s_q", "h_q", "h_kv", "group", "rows", "d_qk"),
@@ -106,8 +106,7 @@ def emulate_decode(kernels, case, parts, *, batch_invariant=False):
     rows = group * case.s_q
     partial = np.full((slots, case.h_kv, -(-rows // 16) * 16, 512), np.nan, np.float32)
     stats = np.full((slots, case.h_kv, rows, 2), np.nan, np.float32)
-    counters = np.full((slots, case.h_kv, -(-rows // ROW_TILE)), -1, np.int64)
-    pointers = (x.ctypes.data for x in (q, k_cache, table, lengths, *plan, out, lse, partial, stats, counters))
+    pointers = (x.ctypes.data for x in (q, k_cache, table, lengths, *plan, out, lse, partial, stats))
     sizes = (case.b, case.s_q, case.h_q, case.h_kv, group, rows, case.d_qk, len(k_cache), case.page_size)
     sizes += (table.shape[1], table.shape[1] * case.page_size, parts, slots)
     params = DenseDecodeParams(*pointers, *sizes, case.d_qk**-0.5, case.causal, 0, None)

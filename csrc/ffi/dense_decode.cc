@@ -13,7 +13,7 @@ namespace ffi = xla::ffi;
 static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::Buffer<ffi::S32> block_table,
                                   ffi::Buffer<ffi::S32> cache_seqlens, ffi::Buffer<ffi::S32> metadata, ffi::Buffer<ffi::S32> num_splits,
                                   ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse, ffi::ResultBuffer<ffi::F32> partial_out,
-                                  ffi::ResultBuffer<ffi::F32> partial_stats, ffi::ResultBuffer<ffi::S32> counters, float softmax_scale, bool causal) {
+                                  ffi::ResultBuffer<ffi::F32> partial_stats, float softmax_scale, bool causal) {
   const auto qd = q.dimensions(), kd = k_cache.dimensions(), table = block_table.dimensions(), meta = metadata.dimensions();
   const auto partial = partial_out->dimensions();
   FFI_CHECK(qd.size() == 4 && kd.size() == 4 && table.size() == 2 && meta.size() == 2 && partial.size() == 4,
@@ -37,7 +37,6 @@ static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffe
   FFI_CHECK(slots >= 1 && partial[1] == h_kv && partial[2] == (rows + 15) / 16 * 16 && partial[3] == kDv &&
                 partial_stats->element_count() == size_t(2 * slots * h_kv * rows),
             "dense_decode: partial_out [slots, h_kv, rows rounded up to 16, 512], partial_stats [slots, h_kv, rows, 2]");
-  FFI_CHECK(counters->element_count() == size_t(2 * slots * h_kv * ((rows + kRowTile - 1) / kRowTile)), "dense_decode: counters [slots, h_kv, row tiles, 2]");
   DenseDecodeParams p{};
   p.q = q.untyped_data();
   p.k_cache = k_cache.untyped_data();
@@ -49,7 +48,6 @@ static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffe
   p.lse = lse->typed_data();
   p.partial_out = partial_out->typed_data();
   p.partial_stats = partial_stats->typed_data();
-  p.counters = reinterpret_cast<uint64_t*>(counters->typed_data());
   p.b = int(b), p.s_q = int(s_q), p.h_q = int(h_q), p.h_kv = int(h_kv), p.group = int(group), p.rows = int(rows);
   p.d_qk = int(d_qk), p.num_pages = int(kd[0]), p.page_size = int(page_size), p.max_pages = int(table[1]);
   p.max_len = int(std::min<int64_t>(table[1] * page_size, std::numeric_limits<int32_t>::max() - kBlockTokens));
@@ -75,7 +73,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::S32>>()
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal"),
                               {ffi::Traits::kCmdBufferCompatible});

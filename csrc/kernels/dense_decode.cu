@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "splitkv/merge.h"
+#include "splitkv/combine.h"
 
 namespace jax_flashmla {
 
@@ -12,9 +12,8 @@ Status run_dense_decode(const DenseDecodeParams& p) {
   const bool bf16 = p.dtype == Dtype::kBF16, rope = p.d_qk > kDv;
   const auto launcher = bf16 ? (rope ? launch_dense_decode<__nv_bfloat16, 576> : launch_dense_decode<__nv_bfloat16, 512>)
                              : (rope ? launch_dense_decode<__half, 576> : launch_dense_decode<__half, 512>);
-  if (p.num_parts > 1)  // one part splits nothing
-    if (Status error = clear_split_counters(p)) return error;
-  return launcher(p);
+  if (Status error = launcher(p)) return error;
+  return p.num_parts > 1 ? run_combine(p) : nullptr;  // one part splits nothing
 }
 
 }  // namespace jax_flashmla

@@ -7,7 +7,7 @@
 //
 //   warpgroup 0   block 2j:   S0 = Q.K0, P0 = softmax -> smem | O[:, :256] += P0.V0 (registers) | O[:, :256] += P1.V1 (smem)
 //   warpgroup 1   block 2j+1: S1 = Q.K1                       | O[:, 256:] += P0.V0 (smem) | P1 -> smem | O[:, 256:] += P1.V1 (registers)
-//   warpgroup 2   four producer threads, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Those of slot 1 load Q.
+//   warpgroup 2   four producer threads, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also load Q.
 //
 // Probabilities are handed over in two halves of 32 tokens, each with its own barrier, so that products start behind half a softmax.
 //
@@ -29,7 +29,7 @@
 #include "hopper/wgmma.cuh"
 #include "kernels/dense_decode.h"
 #include "kernels/dense_decode_work.cuh"
-#include "splitkv/merge.cuh"
+#include "splitkv/partial.cuh"
 
 namespace jax_flashmla::dense_decode {
 
@@ -56,8 +56,7 @@ struct alignas(1024) Storage {
   uint32_t valid_groups[2];  // bit g: the page of tokens 16g .. 16g+15 of the block exists
   Part part;
   Work work;  // the piece whose Q is in shared memory
-  RowPlace places[kRowTile];
-  SplitSequences splits;
+  int row_index[kRowTile];
   Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], q_full, q_empty;
 };
 static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory of an sm_90 CTA");
@@ -72,7 +71,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   const int tokens = min(p.page_size, kBlockTokens);  // a copy stays within a page
   if (warp == 0 && lane < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[lane], 1);
   if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
-  if (warp == 2 && lane == 0) barrier_init(smem.q_full, 2);
+  if (warp == 2 && lane == 0) barrier_init(smem.q_full, 4);
   if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
   if (lane == 0) tma_prefetch_map(own ? k_map : q_map);
   barrier_init_fence();
@@ -94,14 +93,14 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   uint32_t k_phase = 1, q_phase = 1;
   for (int seq = part.begin_seq; seq <= cta.last_seq(); ++seq) {
     prepare(seq);
-    if (slot == 1) {  // of whose keys less hurry is made
-      barrier_wait(smem.q_empty, q_phase);
-      q_phase ^= 1;
-      if (half == 0) smem.work = w;  // published by the barrier
-      barrier_expect(smem.q_full, Tr::kHalf * kSubTileBytes);
-#pragma unroll 1
-      for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
-    }
+    // Queries before keys: nothing begins without them, and they would wait behind megabytes of keys.
+    barrier_wait(smem.q_empty, q_phase);
+    q_phase ^= 1;
+    if (warp == 0) smem.work = w;  // published by the barrier
+    barrier_expect(smem.q_full, 2 * kSubTileBytes);
+#pragma unroll
+    for (int t = 2 * warp; t < 2 * warp + 2; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
+
     // All CTAs of a card start at once, and the memory is the bottleneck until their slots are full: slot 0 goes first, so that work can begin. The barrier is
     // not a phase further by then: the right half of slot 0 is refilled only after slot 1 was read.
     if (slot == 1 && seq == part.begin_seq && w.begin + 1 < w.end) barrier_wait(smem.k_full[0][Tr::kHalf], 0);
@@ -185,16 +184,13 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
   using T = typename Tr::T;
   cutlass::arch::warpgroup_reg_alloc<kComputeRegisters>();
   const Cta cta{p, smem.part};
-  if (threadIdx.x < kRowTile) {
-    const int place = cta.index_of(threadIdx.x), of_token = cta.token_of(threadIdx.x);
-    smem.places[threadIdx.x] = {place, (place - of_token * p.h_q) * p.s_q + of_token};
-  }
+  if (threadIdx.x < kRowTile) smem.row_index[threadIdx.x] = cta.index_of(threadIdx.x);
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
   const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])},
             first_token = cta.token_of(0);
   wait_for_predecessor();
+  let_successor_start();         // combine takes an SM when it is free, and waits for the end of this kernel there
   named_sync(kStart, kThreads);  // the part is there
-  if (threadIdx.x == kComputeThreads - 1) announce_splits(cta, smem.splits);
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
   const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
   uint32_t k_phase = 0, q_phase = 0;
@@ -366,8 +362,6 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
       if (block < w.end) step1(block, std::false_type{});
     }
 
-    if (seq == cta.last_seq()) let_successor_start();
-
     // Both warpgroups hold the same reference; each summed its own blocks.
     float (&row_sum)[2][64] = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
 #pragma unroll
@@ -384,22 +378,20 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
       inverse[r] = any ? 1.f / total : 0.f;
       if (index[r] >= 0 && wg == 0 && (lane & 3) == 0) {
         if (w.slot < 0)
-          p.lse[cta.first_index(seq) + smem.places[tile_row[r]].lse_index] = any ? (reference[r] + log2f(total)) * kLn2 : -INFINITY;
+          p.lse[(int64_t(seq) * p.h_q + index[r] - token[r] * p.h_q) * p.s_q + token[r]] = any ? (reference[r] + log2f(total)) * kLn2 : -INFINITY;
         else if (w.slot < p.slots)
-          partial_stats(cta, w.slot)[tile_row[r]] = make_float2(reference[r], total);
+          *partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r]) = make_float2(reference[r], total);
       }
     }
     if (w.slot < 0) {  // through P, which is free: both warpgroups are through with their last products
       T* out = static_cast<T*>(p.out) + cta.first_index(seq) * kDv + wg * (kDv / 2);
-      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return smem.places[16 * warp + i].index; });
+      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return smem.row_index[16 * warp + i]; });
     } else if (w.slot < p.slots && cta.row0() + 16 * warp < p.rows) {
-      float4* out = partial_fragments(cta, w.slot, 16 * warp) + wg * (kRowFragments / 2 * kFragmentLanes) + lane;
+      float4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + lane;
 #pragma unroll
       for (int i = 0; i < kRowFragments / 2; ++i) out[i * kFragmentLanes] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
     }
   }
-  static_assert(kMergeThreads == kComputeThreads && sizeof(MergeScratch) <= sizeof(smem.k));  // all keys have been used by then
-  if (cta.part.begin_seq <= cta.last_seq()) merge_splits<T>(cta, smem.places, smem.splits, reinterpret_cast<MergeScratch&>(smem.k), kRowSums);
 }
 
 // ---- kernel and launcher ------------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import reference
 from .._primitive import define
-from .schedule import METADATA_WIDTH, ROW_TILE, num_parts, schedule
+from .schedule import METADATA_WIDTH, num_parts, schedule
 
 TARGET = "jax_flashmla.dense_decode.v1"
 
@@ -28,7 +28,6 @@ def workspaces(q, k_cache, metadata):
     return [
         jax.ShapeDtypeStruct((slots, h_kv, -(-rows // 16) * 16, reference.D_V), jnp.float32),  # whole fragments
         jax.ShapeDtypeStruct((slots, h_kv, rows, 2), jnp.float32),  # reference maxima and sums
-        jax.ShapeDtypeStruct((slots, h_kv, -(-rows // ROW_TILE), 2), jnp.int32),  # counters of the merge, 64 bits each
     ]
 
 

@@ -1,0 +1,194 @@
+// Combines partial results, in float32 and in a fixed order:
+//
+//   out = sum_s w_s O_s / sum_s w_s l_s,   w_s = 2^(m_s - max m)
+//
+// A job is some fragments of 16 rows (partial.cuh) of one sequence; how many, and how many warps share the splits of a fragment, depends on the number of
+// splits alone, so that a batch-invariant plan gives batch-invariant bits.
+//
+// Its time is latency. CTAs are on their SMs before the decode kernel ends, two at most, and by then know what to load; a warp asks for everything at once.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention/softmax.cuh"
+#include "hopper/launch.cuh"
+#include "splitkv/combine.h"
+#include "splitkv/partial.cuh"
+
+namespace jax_flashmla {
+namespace {
+
+constexpr int kWarps = 8, kThreads = kWarps * 32, kCtasPerSm = 2, kSms = 132;
+constexpr int kMaxSplits = 640;  // of a sequence; a plan has a part per SM, and more splits than that are made up
+constexpr int kWide = 4;         // up to so many splits, a warp loads so many fragments at once
+
+struct Storage {
+  float weight[kMaxSplits * kFragmentRows], l[kMaxSplits * kFragmentRows];  // of a split and row; weight is m at first
+  float top[kThreads], sum[kThreads];                                       // of a row and one of sixteen shares of the splits
+  float4 shared[kWarps][kFragmentLanes];
+};
+// So much that no third CTA fits: the first SMs that are done would get them all.
+constexpr int kStorage = 80 * 1024;
+static_assert(sizeof(Storage) <= 112 * 1024 && 3 * std::max<int>(kStorage, sizeof(Storage)) > 227 * 1024);
+
+__host__ __device__ inline int sharers_of(int splits) {  // warps that share the splits of a fragment
+  int sharers = 1;
+  while (sharers < kWarps && 8 * sharers < splits) sharers *= 2;
+  return sharers;
+}
+__host__ __device__ inline int job_fragments(int splits) { return splits <= kWide ? kWide * kWarps : kWarps / sharers_of(splits); }
+
+// Weights of all splits for the 16 rows from first_row on. Sixteen threads share a row, each with its share of the splits.
+__device__ __forceinline__ void weigh(const DenseDecodeParams& p, int first_slot, int splits, int kv_head, int first_row, Storage& smem) {
+  constexpr int kShares = kThreads / kFragmentRows, kBatch = 8;
+  const int share = threadIdx.x / kFragmentRows, row = threadIdx.x % kFragmentRows;
+  const bool there = first_row + row < p.rows;
+  const int64_t step = int64_t(p.h_kv) * p.rows;
+  const float2* next = partial_stats(p, first_slot + share, kv_head, first_row + row);
+  float top = -INFINITY, sum = 0.f;
+#pragma unroll 1
+  for (int s0 = share; s0 < splits; s0 += kBatch * kShares) {
+    float2 m_l[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, next += kShares * step) m_l[i] = there && s0 + i * kShares < splits ? *next : float2{-INFINITY, 0.f};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = (s0 + i * kShares) * kFragmentRows + row;
+      if (s0 + i * kShares < splits) smem.weight[at] = m_l[i].x, smem.l[at] = m_l[i].y;
+      top = fmaxf(top, m_l[i].x);
+    }
+  }
+  smem.top[threadIdx.x] = top;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kShares; ++i) top = fmaxf(top, smem.top[i * kFragmentRows + row]);
+  for (int at = threadIdx.x; at < splits * kFragmentRows; at += kThreads) {
+    // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
+    const float m = smem.weight[at], l = smem.l[at], weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
+    smem.weight[at] = weight;
+    sum = fmaf(weight, l, sum);
+  }
+  smem.sum[threadIdx.x] = sum;
+  __syncthreads();
+}
+
+__device__ __forceinline__ void add(float4& a, const float4& b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
+
+// Job `job` of 16 rows of a sequence.
+template <class T>
+__device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int kv_head, int group, int first_slot, int splits, int job, Storage& smem) {
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
+  const bool wide = splits <= kWide;
+  const int sharers = sharers_of(splits), sharer = warp & (sharers - 1);
+  const int fragment = wide ? (job * kWarps + warp) * kWide : (job * kWarps + warp) / sharers;
+  // Sixteen loads: four fragments of four splits, or one fragment of sixteen.
+  const int64_t step = partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0), inner = sharers * step, outer = wide ? kFragmentLanes : 4 * inner;
+  const int inner_splits = sharers, outer_splits = wide ? 0 : 4 * sharers;
+  const float4* next = partial_fragments(p, first_slot + sharer, kv_head, group) + fragment * kFragmentLanes + lane;
+  int row[2], index[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    row[r] = group * kFragmentRows + lane / 4 + 8 * r;
+    index[r] = row[r] / p.group * p.h_q + kv_head * p.group + row[r] % p.group;
+  }
+  wait_for_predecessor();
+
+  float4 sum[4] = {};
+#pragma unroll 1
+  for (int s0 = sharer, end = splits + sharer; s0 < end; s0 += 16 * sharers) {  // every warp comes here once at least
+    float4 batch[4][4];
+#pragma unroll
+    for (int a = 0; a < 4; ++a, next += outer) {
+      const float4* from = next;
+#pragma unroll
+      for (int b = 0; b < 4; ++b, from += inner) batch[a][b] = s0 + a * outer_splits + b * inner_splits < splits ? *from : float4{};
+    }
+    if (s0 == sharer) weigh(p, first_slot, splits, kv_head, group * kFragmentRows, smem);  // while they are on their way
+#pragma unroll
+    for (int a = 0; a < 4; ++a)
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const float* w = smem.weight + min(s0 + a * outer_splits + b * inner_splits, splits - 1) * kFragmentRows + lane / 4;  // past the end times zero
+        const float4& v = batch[a][b];
+        sum[a].x = fmaf(w[0], v.x, sum[a].x), sum[a].y = fmaf(w[0], v.y, sum[a].y);
+        sum[a].z = fmaf(w[8], v.z, sum[a].z), sum[a].w = fmaf(w[8], v.w, sum[a].w);
+      }
+  }
+  if (!wide) add(sum[0], sum[1]), add(sum[2], sum[3]), add(sum[0], sum[2]);
+  if (sharers > 1) {
+    smem.shared[warp][lane] = sum[0];
+    __syncthreads();
+    for (int i = 1; i < sharers && sharer == 0; ++i) add(sum[0], smem.shared[warp + i][lane]);
+  }
+  if (sharer == 0) {
+    const int column = fragment * 8 + 2 * (lane & 3);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row[r] >= p.rows) continue;
+      float total = 0.f, top = -INFINITY;
+#pragma unroll
+      for (int i = lane / 4 + 8 * r; i < kThreads; i += kFragmentRows) total += smem.sum[i], top = fmaxf(top, smem.top[i]);
+      const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
+      const float inverse = any ? 1.f / total : 0.f;
+      auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (int64_t(seq) * p.s_q * p.h_q + index[r]) * kDv + column);
+#pragma unroll
+      for (int a = 0; a < kWide; ++a)
+        if (a == 0 || wide) out[4 * a] = pack<T>((r ? sum[a].z : sum[a].x) * inverse, (r ? sum[a].w : sum[a].y) * inverse);
+      if (column == 0) {
+        const int token = row[r] / p.group, head = index[r] - token * p.h_q;
+        p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = any ? (top + log2f(total)) * kLn2 : -INFINITY;
+      }
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ DenseDecodeParams p, int sequences, int ctas_per_group) {
+  extern __shared__ char raw[];
+  auto& smem = *reinterpret_cast<Storage*>(raw);
+  let_successor_start();
+  // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. What follows waits for the decode kernel, and
+  // so does every CTA, also one without work: successors take this kernel's end for the end of all before it.
+  const int groups = (p.rows + kFragmentRows - 1) / kFragmentRows, kv_groups = p.h_kv * groups;
+  const int64_t end = p.num_splits[p.b] == 0 ? 0 : int64_t(sequences) * kv_groups * ctas_per_group;
+  for (int64_t i = blockIdx.x; i < end; i += gridDim.x) {
+    const int cta = i % ctas_per_group, kv_group = i / ctas_per_group % kv_groups, x = i / ctas_per_group / kv_groups;
+    // Sequence x, or, where there are more sequences than parts, the one whose split 1 is at the start of part x + 1.
+    int seq = x;
+    if (p.b >= p.num_parts) {
+      const Part part = p.metadata[x + 1];
+      seq = part.begin_split == 1 ? part.begin_seq : -1;
+    }
+    if (seq < 0 || seq >= p.b) continue;
+    const int first = p.num_splits[seq], splits = p.num_splits[seq + 1] - first;
+    if (splits < 2 || splits > kMaxSplits || first < 0 || splits > p.slots - first) continue;  // not split, or a made-up plan
+    for (int job = cta; job < kRowFragments / job_fragments(splits); job += ctas_per_group) {
+      combine<T>(p, seq, kv_group / groups, kv_group % groups, first, splits, job, smem);
+      __syncthreads();  // the storage is free
+    }
+  }
+  wait_for_predecessor();
+}
+
+template <class T>
+cudaError_t launch_combine(const DenseDecodeParams& p) {
+  const auto kernel = combine_kernel<T>;
+  constexpr int smem = std::max<int>(kStorage, sizeof(Storage));
+  if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return err;
+  const int sequences = std::min(p.b, p.num_parts - 1), kv_groups = p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows);
+  const int expected_splits = std::max(2, (p.num_parts + p.b - 1) / p.b), ctas_per_group = kRowFragments / job_fragments(expected_splits);
+  const unsigned grid = unsigned(std::min<int64_t>(int64_t(sequences) * kv_groups * ctas_per_group, kCtasPerSm * kSms));
+  return launch(kernel, {grid, kThreads, smem}, p.stream, p, sequences, ctas_per_group);
+}
+
+}  // namespace
+
+Status run_combine(const DenseDecodeParams& p) {
+  const cudaError_t err = p.dtype == Dtype::kBF16 ? launch_combine<__nv_bfloat16>(p) : launch_combine<__half>(p);
+  return err == cudaSuccess ? nullptr : cudaGetErrorString(err);
+}
+
+}  // namespace jax_flashmla
