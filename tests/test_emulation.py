@@ -80,6 +80,7 @@ def kernels(tmp_path_factory):
     subprocess.run([COMPILER, *flags, "-shared", "-o", str(library), *sources], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.emulate_dense_decode.restype = loaded.emulate_schedule.restype = ctypes.c_char_p
+    loaded.emulate_combine.restype = ctypes.c_char_p
     assert loaded.params_bytes(0) == ctypes.sizeof(DenseDecodeParams)
     assert loaded.params_bytes(1) == ctypes.sizeof(ScheduleParams)
     return loaded
@@ -156,3 +157,52 @@ def test_split(kernels, h_q, d_qk, batch_invariant):
     lengths = (1300, 65) if batch_invariant else (1300, *EDGES, 1100)
     case = Case("split", lengths, h_q=h_q, d_qk=d_qk, s_q=2, causal=True)
     assert emulate_decode(kernels, case, parts=9, batch_invariant=batch_invariant) >= 2
+
+
+def to_fragments(out):
+    """[..., rows, 512] as a warp holds it: 16 rows x 8 columns, lane l with rows l/4 and + 8, columns 2(l%4) and + 1."""
+    rows = out.shape[-2]
+    padded = np.pad(out, [(0, 0)] * (out.ndim - 2) + [(0, -rows % 16), (0, 0)], constant_values=np.nan)
+    parts = padded.reshape(*out.shape[:-2], -1, 2, 8, 64, 4, 2)  # group, row half, lane/4, fragment, lane%4, column
+    axes = [*range(out.ndim - 2), *(out.ndim - 2 + np.array([0, 3, 2, 4, 1, 5]))]
+    return np.ascontiguousarray(parts.transpose(axes)).reshape(*out.shape[:-2], -1, 512)
+
+
+@pytest.mark.parametrize("splits", (2, 3, 4, 5, 8, 9, 17, 33, 70, 132, 300))
+def test_combine(kernels, splits):
+    """Every way to divide the work, over two KV heads, a group of rows that is not full, and a sequence that is whole."""
+    b, s_q, h_q, h_kv, rows = 3, 2, 20, 2, 20
+    rng = np.random.default_rng(splits)
+    num_splits = np.array([0, splits, splits, splits + 2], np.int32)
+    slots = splits + 2
+    partial = rng.standard_normal((slots, h_kv, rows, 512), np.float32)
+    m = rng.uniform(-20, 20, (slots, h_kv, rows)).astype(np.float32)
+    total = rng.uniform(1, 60, m.shape).astype(np.float32)
+    empty = (rng.random(m.shape) < 0.2) | (np.arange(rows) == 7)  # splits in which the row has no key; row 7 has none
+    partial[empty], m[empty], total[empty] = 0, -np.inf, 0
+    out = np.full((b, s_q, h_q, 512), np.nan, np.dtype(jnp.bfloat16))
+    lse = np.full((b, h_q, s_q), np.nan, np.float32)
+    fragments, stats = to_fragments(partial), np.stack([m, total], -1)
+    pointers = [0, 0, 0, 0, 0, num_splits, out, lse, fragments, stats]
+    pointers = [x if isinstance(x, int) else x.ctypes.data for x in pointers]
+    sizes = (b, s_q, h_q, h_kv, h_q // h_kv, rows, 576, 1, 64, 1, 64, slots + 1, slots)
+    params = DenseDecodeParams(*pointers, *sizes, 1.0, False, 0, None)
+    assert kernels.emulate_combine(ctypes.byref(params)) is None
+    for seq in range(b):
+        own = slice(num_splits[seq], num_splits[seq + 1])
+        if own.start == own.stop:
+            assert np.isnan(np.float32(out[seq])).all() and np.isnan(lse[seq]).all()  # the decode kernel writes it
+            continue
+        top = m[own].max(0, keepdims=True)
+        weight = np.exp2(
+            np.where(np.isneginf(m[own]), -np.inf, m[own] - np.where(np.isneginf(top), 0, top)), dtype=np.float64
+        )
+        mass = (weight * total[own]).sum(0)  # [h_kv, rows]
+        exact = (weight[..., None] * partial[own]).sum(0) / np.where(mass == 0, 1, mass)[..., None]
+        exact = exact.reshape(h_kv, s_q, h_q // h_kv, 512).swapaxes(0, 1).reshape(s_q, h_q, 512)
+        with np.errstate(divide="ignore"):
+            exact_lse = np.log(2) * (top[0] + np.log2(mass))
+        exact_lse = exact_lse.reshape(h_kv, s_q, h_q // h_kv).swapaxes(1, 2).reshape(h_q, s_q)
+        # bfloat16 rounds once; sums of a few hundred terms in float32 stay far below that.
+        np.testing.assert_allclose(np.float32(out[seq]), exact, rtol=2**-8, atol=1e-5)
+        np.testing.assert_allclose(lse[seq], exact_lse, rtol=1e-5)

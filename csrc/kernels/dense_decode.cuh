@@ -88,7 +88,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   Pages pages;
   auto prepare = [&](int seq) {
     w = cta.work(seq);
-    pages = load_pages(p, w, w.begin + slot, tokens);
+    pages = load_pages(p, w, cta.first_block(seq) + slot, tokens);  // as w.begin, where there is any block, but not behind the length's load
   };
   uint32_t k_phase = 1, q_phase = 1;
   for (int seq = part.begin_seq; seq <= cta.last_seq(); ++seq) {

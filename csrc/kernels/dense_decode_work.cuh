@@ -49,13 +49,15 @@ struct Cta {
   // Number of keys that query token `token` sees.
   __device__ int keys_of(int len, int token) const { return p.causal ? min(len, len - p.s_q + token + 1) : len; }
 
+  // Where the piece begins unless the sequence ends before: known before its length is. A made-up begin_block must not overflow the token count.
+  __device__ int first_block(int seq) const { return seq == part.begin_seq ? min(max(part.begin_block, 0), p.max_len / kBlockTokens) : 0; }
+
   __device__ Work work(int seq) const {
     Work w{seq, min(max(p.cache_seqlens[seq], 0), p.max_len)};
     const int keys = max(keys_of(w.len, last_token), 0);
     const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
-    w.begin = seq == part.begin_seq ? max(part.begin_block, 0) : 0;
     w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;
-    w.begin = min(w.begin, max(w.end, 0));  // a made-up begin_block must not overflow the token count
+    w.begin = min(first_block(seq), max(w.end, 0));
     const int first = p.num_splits[seq], partials = p.num_splits[seq + 1] - first;
     w.slot = partials > 0 ? first + (seq == part.begin_seq ? part.begin_split : 0) : -1;
     return w;

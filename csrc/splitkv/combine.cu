@@ -146,16 +146,16 @@ __device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ DenseDecodeParams p, int sequences, int ctas_per_group) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ DenseDecodeParams p, int sequences) {
   extern __shared__ char raw[];
   auto& smem = *reinterpret_cast<Storage*>(raw);
   let_successor_start();
-  // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. What follows waits for the decode kernel, and
-  // so does every CTA, also one without work: successors take this kernel's end for the end of all before it.
+  // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. A job waits for the decode kernel, and so does
+  // every CTA, also one without a job: successors take this kernel's end for the end of all before it.
   const int groups = (p.rows + kFragmentRows - 1) / kFragmentRows, kv_groups = p.h_kv * groups;
-  const int64_t end = p.num_splits[p.b] == 0 ? 0 : int64_t(sequences) * kv_groups * ctas_per_group;
-  for (int64_t i = blockIdx.x; i < end; i += gridDim.x) {
-    const int cta = i % ctas_per_group, kv_group = i / ctas_per_group % kv_groups, x = i / ctas_per_group / kv_groups;
+  int64_t own = blockIdx.x, before = 0;  // this CTA's next job, and the jobs of the sequences before x
+  const int end = p.num_splits[p.b] == 0 ? 0 : sequences;
+  for (int x = 0; x < end; ++x) {
     // Sequence x, or, where there are more sequences than parts, the one whose split 1 is at the start of part x + 1.
     int seq = x;
     if (p.b >= p.num_parts) {
@@ -165,10 +165,13 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     if (seq < 0 || seq >= p.b) continue;
     const int first = p.num_splits[seq], splits = p.num_splits[seq + 1] - first;
     if (splits < 2 || splits > kMaxSplits || first < 0 || splits > p.slots - first) continue;  // not split, or a made-up plan
-    for (int job = cta; job < kRowFragments / job_fragments(splits); job += ctas_per_group) {
-      combine<T>(p, seq, kv_group / groups, kv_group % groups, first, splits, job, smem);
+    const int jobs = kRowFragments / job_fragments(splits);                                    // per group of rows
+    for (; own < before + jobs * kv_groups; own += gridDim.x) {
+      const int job = int(own - before), kv_group = job / jobs;
+      combine<T>(p, seq, kv_group / groups, kv_group % groups, first, splits, job % jobs, smem);
       __syncthreads();  // the storage is free
     }
+    before += jobs * kv_groups;
   }
   wait_for_predecessor();
 }
@@ -178,10 +181,9 @@ cudaError_t launch_combine(const DenseDecodeParams& p) {
   const auto kernel = combine_kernel<T>;
   constexpr int smem = std::max<int>(kStorage, sizeof(Storage));
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return err;
-  const int sequences = std::min(p.b, p.num_parts - 1), kv_groups = p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows);
-  const int expected_splits = std::max(2, (p.num_parts + p.b - 1) / p.b), ctas_per_group = kRowFragments / job_fragments(expected_splits);
-  const unsigned grid = unsigned(std::min<int64_t>(int64_t(sequences) * kv_groups * ctas_per_group, kCtasPerSm * kSms));
-  return launch(kernel, {grid, kThreads, smem}, p.stream, p, sequences, ctas_per_group);
+  const int sequences = std::min(p.b, p.num_parts - 1);
+  const int64_t most_jobs = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows) * kRowFragments;
+  return launch(kernel, {unsigned(std::min<int64_t>(most_jobs, kCtasPerSm * kSms)), kThreads, smem}, p.stream, p, sequences);
 }
 
 }  // namespace

@@ -13,4 +13,5 @@ const char* emulate_dense_decode(const DenseDecodeParams* p) {
     return error;
   return p->num_parts > 1 ? run_combine(*p) : nullptr;
 }
+const char* emulate_combine(const DenseDecodeParams* p) { return run_combine(*p); }
 }
