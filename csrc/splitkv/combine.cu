@@ -15,13 +15,15 @@
 
 #include "attention/softmax.cuh"
 #include "hopper/launch.cuh"
+#include "hopper/warp.cuh"
 #include "splitkv/combine.h"
 #include "splitkv/partial.cuh"
 
 namespace jax_flashmla {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * 32, kCtasPerSm = 2, kSms = 132;
+constexpr int kWarps = 8, kThreads = kWarps * 32, kCtasPerSm = 2;
+constexpr int kCtas = 132;       // fill half of a card, the half that decode leaves first, and saturate L2 from there
 constexpr int kMaxSplits = 640;  // of a sequence; a plan has a part per SM, and more splits than that are made up
 constexpr int kWide = 4;         // up to so many splits, a warp loads so many fragments at once
 
@@ -34,12 +36,13 @@ struct Storage {
 constexpr int kStorage = 80 * 1024;
 static_assert(sizeof(Storage) <= 112 * 1024 && 3 * std::max<int>(kStorage, sizeof(Storage)) > 227 * 1024);
 
-__host__ __device__ inline int sharers_of(int splits) {  // warps that share the splits of a fragment
+__device__ __forceinline__ int sharers_of(int splits) {  // warps that share the splits of a fragment
   int sharers = 1;
   while (sharers < kWarps && 8 * sharers < splits) sharers *= 2;
   return sharers;
 }
-__host__ __device__ inline int job_fragments(int splits) { return splits <= kWide ? kWide * kWarps : kWarps / sharers_of(splits); }
+__device__ __forceinline__ int job_fragments(int splits) { return splits <= kWide ? kWide * kWarps : kWarps / sharers_of(splits); }
+__device__ __forceinline__ int jobs_per_group(int splits) { return kRowFragments / job_fragments(splits); }
 
 // Weights of all splits for the 16 rows from first_row on. Sixteen threads share a row, each with its share of the splits.
 __device__ __forceinline__ void weigh(const DenseDecodeParams& p, int first_slot, int splits, int kv_head, int first_row, Storage& smem) {
@@ -152,26 +155,30 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
   let_successor_start();
   // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. A job waits for the decode kernel, and so does
   // every CTA, also one without a job: successors take this kernel's end for the end of all before it.
-  const int groups = (p.rows + kFragmentRows - 1) / kFragmentRows, kv_groups = p.h_kv * groups;
-  int64_t own = blockIdx.x, before = 0;  // this CTA's next job, and the jobs of the sequences before x
+  const int lane = threadIdx.x & 31, groups = (p.rows + kFragmentRows - 1) / kFragmentRows, kv_groups = p.h_kv * groups;
+  int64_t own = blockIdx.x, before = 0;  // this CTA's next job, and the jobs of earlier sequences
   const int end = p.num_splits[p.b] == 0 ? 0 : sequences;
-  for (int x = 0; x < end; ++x) {
+  for (int x0 = 0; x0 < end; x0 += 32) {  // every warp looks at 32 sequences at once
     // Sequence x, or, where there are more sequences than parts, the one whose split 1 is at the start of part x + 1.
-    int seq = x;
-    if (p.b >= p.num_parts) {
+    const int x = x0 + lane;
+    int seq = x < end ? x : -1;
+    if (x < end && p.b >= p.num_parts) {
       const Part part = p.metadata[x + 1];
       seq = part.begin_split == 1 ? part.begin_seq : -1;
     }
-    if (seq < 0 || seq >= p.b) continue;
-    const int first = p.num_splits[seq], splits = p.num_splits[seq + 1] - first;
-    if (splits < 2 || splits > kMaxSplits || first < 0 || splits > p.slots - first) continue;  // not split, or a made-up plan
-    const int jobs = kRowFragments / job_fragments(splits);                                    // per group of rows
-    for (; own < before + jobs * kv_groups; own += gridDim.x) {
-      const int job = int(own - before), kv_group = job / jobs;
-      combine<T>(p, seq, kv_group / groups, kv_group % groups, first, splits, job % jobs, smem);
+    const bool there = seq >= 0 && seq < p.b;
+    const int first = there ? p.num_splits[seq] : 0, splits = there ? p.num_splits[seq + 1] - first : 0;
+    const bool split = splits >= 2 && splits <= kMaxSplits && first >= 0 && splits <= p.slots - first;  // else whole, or a made-up plan
+    const int jobs = split ? jobs_per_group(splits) * kv_groups : 0;
+    const int through = warp_scan(jobs), all = __shfl_sync(~0u, through, 31);
+    for (; own < before + all; own += gridDim.x) {
+      const int from = __ffs(__ballot_sync(~0u, before + through > own)) - 1;
+      auto of = [&](int value) { return __shfl_sync(~0u, value, from); };
+      const int seq_splits = of(splits), job = int(own - before) - of(through - jobs), per_group = jobs_per_group(seq_splits), kv_group = job / per_group;
+      combine<T>(p, of(seq), kv_group / groups, kv_group % groups, of(first), seq_splits, job % per_group, smem);
       __syncthreads();  // the storage is free
     }
-    before += jobs * kv_groups;
+    before += all;
   }
   wait_for_predecessor();
 }
@@ -183,7 +190,7 @@ cudaError_t launch_combine(const DenseDecodeParams& p) {
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return err;
   const int sequences = std::min(p.b, p.num_parts - 1);
   const int64_t most_jobs = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows) * kRowFragments;
-  return launch(kernel, {unsigned(std::min<int64_t>(most_jobs, kCtasPerSm * kSms)), kThreads, smem}, p.stream, p, sequences);
+  return launch(kernel, {unsigned(std::min<int64_t>(most_jobs, kCtas)), kThreads, smem}, p.stream, p, sequences);
 }
 
 }  // namespace

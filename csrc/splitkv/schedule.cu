@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include "hopper/launch.cuh"
+#include "hopper/warp.cuh"
 #include "splitkv/schedule.h"
 
 namespace jax_flashmla {
@@ -37,16 +38,6 @@ __device__ __forceinline__ int first_index(int n, Reached reached) {
       low = mid + 1;
   }
   return low;
-}
-
-// The sum over this lane and those below.
-__device__ __forceinline__ int warp_scan(int value) {
-  const int lane = threadIdx.x & 31;
-  for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(~0u, value, d);
-    if (lane >= d) value += other;
-  }
-  return value;
 }
 
 // One buffer for all instances of the scan.
