@@ -42,6 +42,7 @@ struct Traits {
 };
 
 constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
+constexpr int kShortPiece = 32;  // blocks; some 40 us
 constexpr int kComputeRegisters = 224, kProducerRegisters = 56;
 enum NamedBarrier { kStart = 1, kProducers, kP0Ready, kP1Ready = kP0Ready + 2, kTurn1 = kP1Ready + 2, kTurn0, kRowSums, kWarpgroup0, kWarpgroup1 };
 
@@ -189,7 +190,6 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
   const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])},
             first_token = cta.token_of(0);
   wait_for_predecessor();
-  let_successor_start();         // combine takes an SM when it is free, and waits for the end of this kernel there
   named_sync(kStart, kThreads);  // the part is there
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
   const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
@@ -218,6 +218,8 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
     barrier_wait(smem.q_full, q_phase);
     q_phase ^= 1;
     const Work w = smem.work;
+    // Combine takes an SM when it is free, and waits there for the end of this kernel: early, where launching it would show.
+    if (seq == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
 #pragma unroll
     for (int r = 0; r < 2; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
     const int limit[2] = {cta.keys_of(w.len, token[0]), cta.keys_of(w.len, token[1])};
@@ -362,6 +364,7 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
       if (block < w.end) step1(block, std::false_type{});
     }
 
+    if (seq == cta.last_seq()) let_successor_start();
     // Both warpgroups hold the same reference; each summed its own blocks.
     float (&row_sum)[2][64] = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
 #pragma unroll

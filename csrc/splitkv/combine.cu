@@ -3,7 +3,7 @@
 //   out = sum_s w_s O_s / sum_s w_s l_s,   w_s = 2^(m_s - max m)
 //
 // A job is some fragments of 16 rows (partial.cuh) of one sequence; how many, and how many warps share the splits of a fragment, depends on the number of
-// splits alone, so that a batch-invariant plan gives batch-invariant bits.
+// splits alone, so that a batch-invariant plan gives batch-invariant bits. A batch-invariant plan has parts to spare: jobs are dealt out by what it uses.
 //
 // Its time is latency. CTAs are on their SMs before the decode kernel ends, two at most, and by then know what to load; a warp asks for everything at once.
 #include <cuda_bf16.h>
@@ -22,10 +22,8 @@
 namespace jax_flashmla {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * 32, kCtasPerSm = 2;
-constexpr int kCtas = 132;       // fill half of a card, the half that decode leaves first, and saturate L2 from there
+constexpr int kWarps = 8, kThreads = kWarps * 32, kCtasPerSm = 2, kMaxCtas = kCtasPerSm * 132;
 constexpr int kMaxSplits = 640;  // of a sequence; a plan has a part per SM, and more splits than that are made up
-constexpr int kWide = 4;         // up to so many splits, a warp loads so many fragments at once
 
 struct Storage {
   float weight[kMaxSplits * kFragmentRows], l[kMaxSplits * kFragmentRows];  // of a split and row; weight is m at first
@@ -36,47 +34,64 @@ struct Storage {
 constexpr int kStorage = 80 * 1024;
 static_assert(sizeof(Storage) <= 112 * 1024 && 3 * std::max<int>(kStorage, sizeof(Storage)) > 227 * 1024);
 
-__device__ __forceinline__ int sharers_of(int splits) {  // warps that share the splits of a fragment
-  int sharers = 1;
-  while (sharers < kWarps && 8 * sharers < splits) sharers *= 2;
-  return sharers;
-}
-__device__ __forceinline__ int job_fragments(int splits) { return splits <= kWide ? kWide * kWarps : kWarps / sharers_of(splits); }
-__device__ __forceinline__ int jobs_per_group(int splits) { return kRowFragments / job_fragments(splits); }
+// A warp asks for sixteen float4 at once: all splits of two or four fragments where these are few, else splits of one fragment, which several warps may share.
+__host__ __device__ constexpr int warp_fragments(int splits) { return splits <= 4 ? 4 : splits <= 8 ? 2 : 1; }
+__host__ __device__ constexpr int sharers_of(int splits) { return splits <= 8 ? 1 : splits <= 16 ? 2 : splits <= 32 ? 4 : kWarps; }
+__host__ __device__ constexpr int jobs_per_group(int splits) { return kRowFragments * sharers_of(splits) / (warp_fragments(splits) * kWarps); }
 
 // Weights of all splits for the 16 rows from first_row on. Sixteen threads share a row, each with its share of the splits.
-__device__ __forceinline__ void weigh(const DenseDecodeParams& p, int first_slot, int splits, int kv_head, int first_row, Storage& smem) {
-  constexpr int kShares = kThreads / kFragmentRows, kBatch = 8;
-  const int share = threadIdx.x / kFragmentRows, row = threadIdx.x % kFragmentRows;
-  const bool there = first_row + row < p.rows;
-  const int64_t step = int64_t(p.h_kv) * p.rows;
-  const float2* next = partial_stats(p, first_slot + share, kv_head, first_row + row);
-  float top = -INFINITY, sum = 0.f;
+class Weights {
+ public:
+  // Asks for m and l.
+  __device__ __forceinline__ Weights(const DenseDecodeParams& p, int first_slot, int splits, int kv_head, int first_row) : splits_(splits) {
+    there_ = first_row + row_ < p.rows;
+    step_ = int64_t(p.h_kv) * p.rows;
+    next_ = partial_stats(p, first_slot + share_, kv_head, first_row + row_);
+    load(share_);
+  }
+
+  // All threads must call.
+  __device__ __forceinline__ void store(Storage& smem) {
+    float top = -INFINITY, sum = 0.f;
 #pragma unroll 1
-  for (int s0 = share; s0 < splits; s0 += kBatch * kShares) {
-    float2 m_l[kBatch];
+    for (int s0 = share_;;) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i, next += kShares * step) m_l[i] = there && s0 + i * kShares < splits ? *next : float2{-INFINITY, 0.f};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int at = (s0 + i * kShares) * kFragmentRows + row;
-      if (s0 + i * kShares < splits) smem.weight[at] = m_l[i].x, smem.l[at] = m_l[i].y;
-      top = fmaxf(top, m_l[i].x);
+      for (int i = 0; i < kBatch; ++i) {
+        const int s = s0 + i * kShares;
+        if (s < splits_) smem.weight[s * kFragmentRows + row_] = m_l_[i].x, smem.l[s * kFragmentRows + row_] = m_l_[i].y;
+        top = fmaxf(top, m_l_[i].x);
+      }
+      if ((s0 += kBatch * kShares) >= splits_) break;
+      load(s0);
     }
-  }
-  smem.top[threadIdx.x] = top;
-  __syncthreads();
+    smem.top[threadIdx.x] = top;
+    __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kShares; ++i) top = fmaxf(top, smem.top[i * kFragmentRows + row]);
-  for (int at = threadIdx.x; at < splits * kFragmentRows; at += kThreads) {
-    // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
-    const float m = smem.weight[at], l = smem.l[at], weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
-    smem.weight[at] = weight;
-    sum = fmaf(weight, l, sum);
+    for (int i = 0; i < kShares; ++i) top = fmaxf(top, smem.top[i * kFragmentRows + row_]);
+    for (int at = threadIdx.x; at < splits_ * kFragmentRows; at += kThreads) {
+      // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
+      const float m = smem.weight[at], l = smem.l[at], weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
+      smem.weight[at] = weight;
+      sum = fmaf(weight, l, sum);
+    }
+    smem.sum[threadIdx.x] = sum;
+    __syncthreads();
   }
-  smem.sum[threadIdx.x] = sum;
-  __syncthreads();
-}
+
+ private:
+  static constexpr int kShares = kThreads / kFragmentRows, kBatch = 4;
+
+  __device__ __forceinline__ void load(int s0) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, next_ += kShares * step_) m_l_[i] = there_ && s0 + i * kShares < splits_ ? *next_ : float2{-INFINITY, 0.f};
+  }
+
+  const int share_ = threadIdx.x / kFragmentRows, row_ = threadIdx.x % kFragmentRows, splits_;
+  bool there_;
+  int64_t step_;
+  const float2* next_;
+  float2 m_l_[kBatch];
+};
 
 __device__ __forceinline__ void add(float4& a, const float4& b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
 
@@ -84,12 +99,12 @@ __device__ __forceinline__ void add(float4& a, const float4& b) { a.x += b.x, a.
 template <class T>
 __device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int kv_head, int group, int first_slot, int splits, int job, Storage& smem) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-  const bool wide = splits <= kWide;
-  const int sharers = sharers_of(splits), sharer = warp & (sharers - 1);
-  const int fragment = wide ? (job * kWarps + warp) * kWide : (job * kWarps + warp) / sharers;
-  // Sixteen loads: four fragments of four splits, or one fragment of sixteen.
-  const int64_t step = partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0), inner = sharers * step, outer = wide ? kFragmentLanes : 4 * inner;
-  const int inner_splits = sharers, outer_splits = wide ? 0 : 4 * sharers;
+  const int fragments = warp_fragments(splits), sharers = sharers_of(splits), sharer = warp & (sharers - 1);
+  const int fragment = (job * kWarps + warp) / sharers * fragments;
+  const int64_t step = partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0);
+  // The sixteen loads are four times four splits: of a fragment each, of two fragments by pairs, or of one.
+  const int quad_splits = fragments == 4 ? 0 : 4 * sharers, pair_splits = fragments == 1 ? 8 * sharers : 0;
+  const int64_t quad = fragments == 4 ? kFragmentLanes : quad_splits * step, pair = fragments == 1 ? pair_splits * step : fragments / 2 * kFragmentLanes;
   const float4* next = partial_fragments(p, first_slot + sharer, kv_head, group) + fragment * kFragmentLanes + lane;
   int row[2], index[2];
 #pragma unroll
@@ -99,28 +114,32 @@ __device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int
   }
   wait_for_predecessor();
 
+  Weights weights(p, first_slot, splits, kv_head, group * kFragmentRows);
   float4 sum[4] = {};
 #pragma unroll 1
-  for (int s0 = sharer, end = splits + sharer; s0 < end; s0 += 16 * sharers) {  // every warp comes here once at least
+  for (int s0 = sharer, end = splits + sharer; s0 < end; s0 += 16 * sharers, next += 16 * sharers * step) {  // every warp comes here once at least
     float4 batch[4][4];
+    auto split = [&](int a, int b) { return s0 + a / 2 * pair_splits + a % 2 * quad_splits + b * sharers; };
 #pragma unroll
-    for (int a = 0; a < 4; ++a, next += outer) {
-      const float4* from = next;
+    for (int a = 0; a < 4; ++a) {
+      const float4* from = next + (a / 2 * pair + a % 2 * quad);
 #pragma unroll
-      for (int b = 0; b < 4; ++b, from += inner) batch[a][b] = s0 + a * outer_splits + b * inner_splits < splits ? *from : float4{};
+      for (int b = 0; b < 4; ++b, from += sharers * step) batch[a][b] = split(a, b) < splits ? *from : float4{};
     }
-    if (s0 == sharer) weigh(p, first_slot, splits, kv_head, group * kFragmentRows, smem);  // while they are on their way
+    if (s0 == sharer) weights.store(smem);  // while they are on their way
 #pragma unroll
     for (int a = 0; a < 4; ++a)
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
-        const float* w = smem.weight + min(s0 + a * outer_splits + b * inner_splits, splits - 1) * kFragmentRows + lane / 4;  // past the end times zero
+        const float* w = smem.weight + min(split(a, b), splits - 1) * kFragmentRows + lane / 4;  // past the end times zero
         const float4& v = batch[a][b];
         sum[a].x = fmaf(w[0], v.x, sum[a].x), sum[a].y = fmaf(w[0], v.y, sum[a].y);
         sum[a].z = fmaf(w[8], v.z, sum[a].z), sum[a].w = fmaf(w[8], v.w, sum[a].w);
       }
   }
-  if (!wide) add(sum[0], sum[1]), add(sum[2], sum[3]), add(sum[0], sum[2]);
+  if (fragments < 4) add(sum[0], sum[1]), add(sum[2], sum[3]);
+  if (fragments == 2) sum[1] = sum[2];
+  if (fragments == 1) add(sum[0], sum[2]);
   if (sharers > 1) {
     smem.shared[warp][lane] = sum[0];
     __syncthreads();
@@ -138,8 +157,8 @@ __device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int
       const float inverse = any ? 1.f / total : 0.f;
       auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (int64_t(seq) * p.s_q * p.h_q + index[r]) * kDv + column);
 #pragma unroll
-      for (int a = 0; a < kWide; ++a)
-        if (a == 0 || wide) out[4 * a] = pack<T>((r ? sum[a].z : sum[a].x) * inverse, (r ? sum[a].w : sum[a].y) * inverse);
+      for (int a = 0; a < 4; ++a)
+        if (a < fragments) out[4 * a] = pack<T>((r ? sum[a].z : sum[a].x) * inverse, (r ? sum[a].w : sum[a].y) * inverse);
       if (column == 0) {
         const int token = row[r] / p.group, head = index[r] - token * p.h_q;
         p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = any ? (top + log2f(total)) * kLn2 : -INFINITY;
@@ -189,8 +208,9 @@ cudaError_t launch_combine(const DenseDecodeParams& p) {
   constexpr int smem = std::max<int>(kStorage, sizeof(Storage));
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return err;
   const int sequences = std::min(p.b, p.num_parts - 1);
-  const int64_t most_jobs = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows) * kRowFragments;
-  return launch(kernel, {unsigned(std::min<int64_t>(most_jobs, kCtas)), kThreads, smem}, p.stream, p, sequences);
+  // A CTA per job, as far as that can be told without the plan.
+  const int64_t jobs = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows) * jobs_per_group(p.num_parts / p.b);
+  return launch(kernel, {unsigned(std::min<int64_t>(jobs, kMaxCtas)), kThreads, smem}, p.stream, p, sequences);
 }
 
 }  // namespace
