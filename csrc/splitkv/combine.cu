@@ -2,8 +2,8 @@
 //
 //   out = sum_s w_s O_s / sum_s w_s l_s,   w_s = 2^(m_s - max m)
 //
-// A job is some fragments of 16 rows (partial.cuh) of one sequence; how many, and how many warps share the splits of a fragment, depends on the number of
-// splits alone, so that a batch-invariant plan gives batch-invariant bits. A batch-invariant plan has parts to spare: jobs are dealt out by what it uses.
+// A job is some fragments of 16 rows (partial.cuh) of one sequence. In which order the splits of a fragment are added depends on their number alone, so
+// that a batch-invariant plan gives batch-invariant bits.
 //
 // Its time is latency. CTAs are on their SMs before the decode kernel ends, two at most, and by then know what to load; a warp asks for everything at once.
 #include <cuda_bf16.h>
@@ -35,9 +35,12 @@ constexpr int kStorage = 80 * 1024;
 static_assert(sizeof(Storage) <= 112 * 1024 && 3 * std::max<int>(kStorage, sizeof(Storage)) > 227 * 1024);
 
 // A warp asks for sixteen float4 at once: all splits of two or four fragments where these are few, else splits of one fragment, which several warps may share.
-__host__ __device__ constexpr int warp_fragments(int splits) { return splits <= 4 ? 4 : splits <= 8 ? 2 : 1; }
+// Where there is little to do in all it is spread: a fragment per warp in any case.
+__host__ __device__ constexpr int warp_fragments(int splits, bool spread) { return spread ? 1 : splits <= 4 ? 4 : splits <= 8 ? 2 : 1; }
 __host__ __device__ constexpr int sharers_of(int splits) { return splits <= 8 ? 1 : splits <= 16 ? 2 : splits <= 32 ? 4 : kWarps; }
-__host__ __device__ constexpr int jobs_per_group(int splits) { return kRowFragments * sharers_of(splits) / (warp_fragments(splits) * kWarps); }
+__host__ __device__ constexpr int jobs_per_group(int splits, bool spread) {
+  return kRowFragments * sharers_of(splits) / (warp_fragments(splits, spread) * kWarps);
+}
 
 // Weights of all splits for the 16 rows from first_row on. Sixteen threads share a row, each with its share of the splits.
 class Weights {
@@ -97,9 +100,10 @@ __device__ __forceinline__ void add(float4& a, const float4& b) { a.x += b.x, a.
 
 // Job `job` of 16 rows of a sequence.
 template <class T>
-__device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int kv_head, int group, int first_slot, int splits, int job, Storage& smem) {
+__device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int kv_head, int group, int first_slot, int splits, bool spread, int job,
+                                        Storage& smem) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-  const int fragments = warp_fragments(splits), sharers = sharers_of(splits), sharer = warp & (sharers - 1);
+  const int fragments = warp_fragments(splits, spread), sharers = sharers_of(splits), sharer = warp & (sharers - 1);
   const int fragment = (job * kWarps + warp) / sharers * fragments;
   const int64_t step = partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0);
   // The sixteen loads are four times four splits: of a fragment each, of two fragments by pairs, or of one.
@@ -168,7 +172,7 @@ __device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ DenseDecodeParams p, int sequences) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ DenseDecodeParams p, int sequences, bool spread) {
   extern __shared__ char raw[];
   auto& smem = *reinterpret_cast<Storage*>(raw);
   let_successor_start();
@@ -188,13 +192,14 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     const bool there = seq >= 0 && seq < p.b;
     const int first = there ? p.num_splits[seq] : 0, splits = there ? p.num_splits[seq + 1] - first : 0;
     const bool split = splits >= 2 && splits <= kMaxSplits && first >= 0 && splits <= p.slots - first;  // else whole, or a made-up plan
-    const int jobs = split ? jobs_per_group(splits) * kv_groups : 0;
+    const int jobs = split ? jobs_per_group(splits, spread) * kv_groups : 0;
     const int through = warp_scan(jobs), all = __shfl_sync(~0u, through, 31);
     for (; own < before + all; own += gridDim.x) {
       const int from = __ffs(__ballot_sync(~0u, before + through > own)) - 1;
       auto of = [&](int value) { return __shfl_sync(~0u, value, from); };
-      const int seq_splits = of(splits), job = int(own - before) - of(through - jobs), per_group = jobs_per_group(seq_splits), kv_group = job / per_group;
-      combine<T>(p, of(seq), kv_group / groups, kv_group % groups, of(first), seq_splits, job % per_group, smem);
+      const int seq_splits = of(splits), job = int(own - before) - of(through - jobs), per_group = jobs_per_group(seq_splits, spread),
+                kv_group = job / per_group;
+      combine<T>(p, of(seq), kv_group / groups, kv_group % groups, of(first), seq_splits, spread, job % per_group, smem);
       __syncthreads();  // the storage is free
     }
     before += all;
@@ -209,8 +214,11 @@ cudaError_t launch_combine(const DenseDecodeParams& p) {
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return err;
   const int sequences = std::min(p.b, p.num_parts - 1);
   // A CTA per job, as far as that can be told without the plan.
-  const int64_t jobs = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows) * jobs_per_group(p.num_parts / p.b);
-  return launch(kernel, {unsigned(std::min<int64_t>(jobs, kMaxCtas)), kThreads, smem}, p.stream, p, sequences);
+  const int64_t most_groups = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows);
+  const int splits = p.num_parts / p.b;
+  const bool spread = most_groups * jobs_per_group(splits, true) <= kMaxCtas;
+  const unsigned grid = unsigned(std::min<int64_t>(most_groups * jobs_per_group(splits, spread), kMaxCtas));
+  return launch(kernel, {grid, kThreads, smem}, p.stream, p, sequences, spread);
 }
 
 }  // namespace
