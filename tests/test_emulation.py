@@ -160,7 +160,7 @@ def test_split(kernels, h_q, d_qk, batch_invariant):
 
 
 def to_fragments(out):
-    """[..., rows, 512] as a warp holds it: 16 rows x 8 columns, lane l with rows l/4 and + 8, columns 2(l%4) and + 1."""
+    """[..., rows, 512] as in csrc/splitkv/partial.cuh."""
     rows = out.shape[-2]
     padded = np.pad(out, [(0, 0)] * (out.ndim - 2) + [(0, -rows % 16), (0, 0)], constant_values=np.nan)
     parts = padded.reshape(*out.shape[:-2], -1, 2, 8, 64, 4, 2)  # group, row half, lane/4, fragment, lane%4, column
@@ -170,7 +170,7 @@ def to_fragments(out):
 
 @pytest.mark.parametrize("splits", (2, 3, 4, 5, 8, 9, 17, 33, 70, 132, 300))
 def test_combine(kernels, splits):
-    """Every way to divide the work, over two KV heads, a group of rows that is not full, and a sequence that is whole."""
+    """Every way to divide the work: two KV heads, rows that fill no group, a sequence that is whole."""
     b, s_q, h_q, h_kv, rows = 3, 2, 20, 2, 20
     rng = np.random.default_rng(splits)
     num_splits = np.array([0, splits, splits, splits + 2], np.int32)

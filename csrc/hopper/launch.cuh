@@ -1,4 +1,4 @@
-// Small launch helpers: programmatic dependent launch, register hand-over between warpgroups.
+// Small launch helpers: programmatic dependent launch, clusters, register hand-over between warpgroups.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,8 +10,9 @@
 
 namespace jax_flashmla {
 
-// Every kernel may start before its predecessor in the stream ends, and every CTA of it waits here, before it touches global memory, until that one is
-// through and its writes are visible. A kernel's end therefore stands for the end of all before it, which successors rely on, in CUDA graphs above all.
+// Every kernel may start before its predecessor in the stream ends, and every CTA of it waits here until that one is through and its writes are visible,
+// before it touches what the predecessor writes or reads. A kernel's end therefore stands for the end of all before it, which successors rely on, in CUDA
+// graphs above all.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

@@ -42,9 +42,9 @@ struct Traits {
 };
 
 constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
-constexpr int kShortPiece = 32;  // blocks; some 40 us
+constexpr int kShortPiece = 32;  // blocks, some 50 us: a last piece behind which combine is launched early
 constexpr int kComputeRegisters = 224, kProducerRegisters = 56;
-enum NamedBarrier { kStart = 1, kProducers, kP0Ready, kP1Ready = kP0Ready + 2, kTurn1 = kP1Ready + 2, kTurn0, kRowSums, kWarpgroup0, kWarpgroup1 };
+enum NamedBarrier { kStart = 1, kProducers, kP0Ready, kP1Ready = kP0Ready + 2, kTurn1 = kP1Ready + 2, kRowSums, kWarpgroup0, kWarpgroup1 };
 
 template <class Tr>
 struct alignas(1024) Storage {
@@ -56,8 +56,8 @@ struct alignas(1024) Storage {
   float row_sum[2][2][64];   // [parity of the work item][warpgroup]
   uint32_t valid_groups[2];  // bit g: the page of tokens 16g .. 16g+15 of the block exists
   Part part;
-  Work work;  // the piece whose Q is in shared memory
-  int row_index[kRowTile];
+  Work work;                // the piece whose Q is in shared memory
+  int row_index[kRowTile];  // Cta::index_of, which divides
   Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], q_full, q_empty;
 };
 static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory of an sm_90 CTA");
@@ -218,7 +218,8 @@ __device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>&
     barrier_wait(smem.q_full, q_phase);
     q_phase ^= 1;
     const Work w = smem.work;
-    // Combine takes an SM when it is free, and waits there for the end of this kernel: early, where launching it would show.
+    // Combine takes an SM when it is free, and waits there for the end of this kernel: early, where launching it would show. Never before this kernel's own
+    // wait: combine reads the plan at once.
     if (seq == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
 #pragma unroll
     for (int r = 0; r < 2; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
