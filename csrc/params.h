@@ -18,7 +18,7 @@ inline constexpr int kMetadataWidth = 8;
 
 // One row of tile_scheduler_metadata: the KV blocks that part works on, from (begin_seq, begin_block) up to, not including, (end_seq, end_block).
 // Its first piece is split `begin_split` of its sequence; every later piece starts a sequence.
-struct Part {
+struct alignas(16) Part {
   int begin_seq, begin_block, end_seq, end_block, begin_split, unused[3];
 };
 static_assert(sizeof(Part) == kMetadataWidth * sizeof(int));

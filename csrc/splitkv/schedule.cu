@@ -1,9 +1,10 @@
 // The split-KV schedule: cuts the KV blocks of a batch into `num_parts` parts of about equal cost. The integers are those of
 // jax_flashmla/reference.py, which tells the rule in words.
 //
-// One CTA per plan. Costs are prefix-summed into shared memory; every part then finds its own boundary by binary search: no loop is longer than b / 1024
-// or log2. Where whole sequences balance nearly as well, none is split;
-// where pieces of one size do, every part is one piece.
+// One CTA per plan. Costs are prefix-summed into shared memory; every part then finds its own boundary by binary search: no loop is longer than b / 512 or
+// log2. Where whole sequences balance nearly as well, none is split; where pieces of one size do, every part is one piece.
+//
+// It is bound by instructions: every warp issues all of them, and few are executed twice. Hence no more warps than sequences are worth, and no unrolling.
 #include <cuda_runtime_api.h>
 
 #include "hopper/launch.cuh"
@@ -13,7 +14,7 @@
 namespace jax_flashmla {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kSequenceOverhead = 5;    // what a piece costs besides its blocks, in blocks: Q, prologue, epilogue
 constexpr int kSplitPenalty = 6;        // blocks; what partial results and merging them cost the whole batch
 constexpr int kMinSplit = 2;            // blocks; a pair is what the kernel works on
@@ -30,6 +31,7 @@ __device__ __forceinline__ int blocks_of(int len) { return len > 0 ? (len - 1) /
 template <class Reached>
 __device__ __forceinline__ int first_index(int n, Reached reached) {
   int low = 0;
+#pragma unroll 1
   while (low < n) {
     const int mid = (low + n) / 2;
     if (reached(mid))
@@ -41,8 +43,8 @@ __device__ __forceinline__ int first_index(int n, Reached reached) {
 }
 
 // One buffer for all instances of the scan.
-__device__ __forceinline__ auto warp_sums() -> int (&)[2][kThreads / 32] {
-  __shared__ int sums[2][kThreads / 32];
+__device__ __forceinline__ auto warp_sums() -> int (&)[2][kWarps] {
+  __shared__ int sums[2][kWarps];
   return sums;
 }
 
@@ -52,11 +54,12 @@ __device__ void exclusive_scan(int n, Value value, Store store) {
   auto& warp_sum = warp_sums();
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   int before = 0;
+#pragma unroll 1
   for (int base = 0, turn = 0; base < n; base += kThreads, turn ^= 1) {
     const int i = base + int(threadIdx.x), own = i < n ? value(i) : 0, inclusive = warp_scan(own);
     if (lane == 31) warp_sum[turn][warp] = inclusive;
     __syncthreads();
-    const int warps = warp_scan(warp_sum[turn][lane]), below = __shfl_sync(~0u, warps, max(warp - 1, 0));
+    const int warps = warp_scan(lane < kWarps ? warp_sum[turn][lane] : 0), below = __shfl_sync(~0u, warps, max(warp - 1, 0));
     if (i < n) store(i, before + (warp ? below : 0) + inclusive - own);
     before += __shfl_sync(~0u, warps, 31);
   }
@@ -67,6 +70,7 @@ __device__ void exclusive_scan(int n, Value value, Store store) {
 __device__ void plan_invariant(const ScheduleParams& p, const int* lens, Part* parts, int* num_splits) {
   auto split_blocks = [&](int i) { return max(kMinInvariantSplit, ceil_div(blocks_of(lens[i]), kMaxInvariantSplits)); };
   auto splits = [&](int i) { return max(1, ceil_div(blocks_of(lens[i]), split_blocks(i))); };
+#pragma unroll 1
   for (int row = threadIdx.x; row < p.b * kMaxInvariantSplits; row += kThreads) {
     const int i = row / kMaxInvariantSplits, s = row % kMaxInvariantSplits, size = split_blocks(i), n = splits(i);
     parts[row] = s >= n ? Part{p.b, 0, p.b, 0, 0} : s == n - 1 ? Part{i, s * size, i + 1, 0, s} : Part{i, s * size, i, (s + 1) * size, s};
@@ -75,19 +79,21 @@ __device__ void plan_invariant(const ScheduleParams& p, const int* lens, Part* p
 }
 
 // Every piece a part of its own, and the pieces of a sequence all of one size: what few and similar sequences want, where a part that ends one sequence
-// and begins the next would be the slowest. The size is the smallest of 32 candidates (one per warp) for which the parts suffice; false, and nothing
-// done, where it is larger than `limit`.
+// and begins the next would be the slowest. The size is the smallest of 32 candidates for which the parts suffice; false, and nothing done, where it is
+// larger than `limit`.
 __device__ bool plan_even(const ScheduleParams& p, const int* lens, Part* parts, int* num_splits, int total_blocks, int cap, int limit, int* first_part) {
-  static_assert(kThreads == 32 * 32);
   __shared__ int pieces[32];
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   auto blocks = [&](int i) { return min(blocks_of(lens[i]), cap); };
   auto pieces_of = [&](int i, int size) { return max(1, ceil_div(blocks(i) - (kMinSplit - 1), size)); };  // the last one not under the minimum
   const int low = (max(ceil_div(total_blocks, p.num_parts), kMinSplit) + 1) & ~1, stride = 2 * ceil_div(low, 64);
-  int sum = 0;
-  for (int i = lane; i < p.b; i += 32) sum += pieces_of(i, low + warp * stride);
-  sum = __reduce_add_sync(~0u, sum);
-  if (lane == 0) pieces[warp] = sum;
+#pragma unroll 1
+  for (int candidate = warp; candidate < 32; candidate += kWarps) {
+    int sum = 0;
+    for (int i = lane; i < p.b; i += 32) sum += pieces_of(i, low + candidate * stride);
+    sum = __reduce_add_sync(~0u, sum);
+    if (lane == 0) pieces[candidate] = sum;
+  }
   __syncthreads();
   const uint32_t enough = __ballot_sync(~0u, pieces[lane] <= p.num_parts);
   const int size = low + (__ffs(enough) - 1) * stride;
@@ -96,6 +102,7 @@ __device__ bool plan_even(const ScheduleParams& p, const int* lens, Part* parts,
   auto size_of = [&](int i) { return (ceil_div(blocks(i), pieces_of(i, size)) + 1) & ~1; };
   auto splits = [&](int i) { return pieces_of(i, max(size_of(i), 1)); };
   exclusive_scan(p.b, splits, [&](int i, int v) { first_part[i] = v; });
+#pragma unroll 1
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
     const int seq = first_index(p.b, [&](int i) { return first_part[i + 1] > part; });
     if (seq == p.b) {
@@ -120,6 +127,7 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
   const int total = prefix[p.b], extra = (p.num_parts - 1) * kSequenceOverhead, share = ceil_div(total, p.num_parts);
   const int step = max(ceil_div(total + extra, p.num_parts) - kSequenceOverhead, kMinSplit);
   const int jobs = ceil_div(p.num_parts + 1, 32) * 32;  // whole warps for either kind
+#pragma unroll 1
   for (int job = threadIdx.x; job < 2 * jobs; job += kThreads) {
     const int part = job % jobs;
     if (part > p.num_parts) continue;
@@ -140,6 +148,7 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
   }
   __syncthreads();
   bool unbalanced = false;
+#pragma unroll 1
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
     unbalanced |= prefix[whole[part + 1]] - prefix[whole[part]] > step + kSequenceOverhead + kSplitPenalty;
   const bool split = __syncthreads_or(unbalanced);
@@ -153,6 +162,7 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
     const int last_cut = (prefix[i + 1] - prefix[i] - kSequenceOverhead - kMinSplit) | 1;
     return min((prefix[i] + max(last_cut, 0)) / step + 1, p.num_parts);
   };
+#pragma unroll 1
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
     const Boundary begin = boundary(part), end = boundary(part + 1);
     parts[part] = {begin.seq, begin.block, end.seq, end.block, begin.block ? part + 1 - first_inside(begin.seq) : 0};
