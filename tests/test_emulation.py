@@ -168,7 +168,7 @@ def to_fragments(out):
     return np.ascontiguousarray(parts.transpose(axes)).reshape(*out.shape[:-2], -1, 512)
 
 
-@pytest.mark.parametrize("splits", (2, 3, 4, 5, 8, 9, 17, 33, 70, 132, 300))
+@pytest.mark.parametrize("splits", (2, 4, 5, 9, 33, 132))
 def test_combine(kernels, splits):
     """Every way to divide the work: two KV heads, rows that fill no group, a sequence that is whole."""
     b, s_q, h_q, h_kv, rows = 3, 2, 20, 2, 20

@@ -316,7 +316,7 @@ def test_cuda_lowering_on_a_cpu_machine(cuda_build):
     assert re.search(r"softmax_scale = 0\.0416\d*(e-?\d+)? : f32", call)
     assert "(tensor<4x2x8x576xbf16>" in call
     # 132 parts on an assumed H200: 131 inner boundaries and at most one more partial result per sequence.
-    assert "tensor<4x2x8x512xbf16>, tensor<4x8x2xf32>, tensor<135x1x16x512xf32>, tensor<135x1x16xf32>" in call
+    assert "tensor<4x2x8x512xbf16>, tensor<4x8x2xf32>, tensor<135x1x16x512xf32>, tensor<135x1x16x2xf32>" in call
 
 
 def test_cuda_lowering_plans_when_no_plan_is_given(cuda_build):
