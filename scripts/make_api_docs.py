@@ -142,7 +142,10 @@ def nn_page() -> str:
                 f"## `{name}`\n\n```python\n{signature(value)}\n```\n\n{markdown(inspect.getdoc(value) or '')}"
             )
             continue
-        heading = signature(value.__init__, name, method=True).replace(") -> None", ")")
+        if issubclass(value, tuple):  # a NamedTuple: its __init__ is that of every object
+            heading = signature(value, name)
+        else:
+            heading = signature(value.__init__, name, method=True).replace(") -> None", ")")
         parts.append(f"## `{name}`\n\n```python\n{heading}\n```\n\n{markdown(inspect.getdoc(value) or '')}")
         for key, member in vars(value).items():
             if key == "__init__" or (key.startswith("_") and key != "__call__"):

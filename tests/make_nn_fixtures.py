@@ -1,4 +1,5 @@
-"""Writes tests/nn_logits.npz: what Hugging Face transformers computes for the checkpoints of nn_checkpoints.py.
+"""Writes what Hugging Face transformers computes for the checkpoints of nn_checkpoints.py: tests/nn_logits.npz, and
+tests/nn_logits_v32.npz for those with sparse attention.
 
 pip install torch transformers ml_dtypes && python tests/make_nn_fixtures.py
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-TARGET = Path(__file__).parent / "nn_logits.npz"
+HERE = Path(__file__).parent
 
 
 @torch.no_grad()
@@ -26,16 +27,17 @@ def logits(directory: Path) -> np.ndarray:
     return model.eval()(torch.tensor(nn_checkpoints.TOKENS)).logits.numpy()
 
 
-def main() -> None:
+def write(target: Path, configs: dict[str, dict]) -> None:
     out = {}
-    for name, config in nn_checkpoints.CONFIGS.items():
+    for name, config in configs.items():
         with tempfile.TemporaryDirectory() as directory:
             nn_checkpoints.save(Path(directory), config, nn_checkpoints.weights(config))
             out[name] = logits(Path(directory))
         print(f"{name}: {out[name].shape}, std {out[name].std():.3f}, max {abs(out[name]).max():.3f}")
-    np.savez_compressed(TARGET, **out)
-    print(f"{TARGET.name}: {TARGET.stat().st_size} bytes, transformers {transformers.__version__}")
+    np.savez_compressed(target, **out)
+    print(f"{target.name}: {target.stat().st_size} bytes, transformers {transformers.__version__}")
 
 
 if __name__ == "__main__":
-    main()
+    write(HERE / "nn_logits.npz", nn_checkpoints.CONFIGS)
+    write(HERE / "nn_logits_v32.npz", nn_checkpoints.SPARSE_CONFIGS)

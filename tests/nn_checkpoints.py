@@ -63,10 +63,21 @@ CONFIGS = {
 }
 del CONFIGS["v3_mscales"]["rope_theta"]
 
+# Twelve heads: with few, relu leaves 0 of many a score, and transformers and we break ties at the cut differently.
+V32 = V3 | {"model_type": "deepseek_v32", "index_topk": 6, "index_n_heads": 12, "index_head_dim": 128}
+GLM = V32 | {"model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1, "qk_nope_head_dim": 192, "v_head_dim": 256}
+SPARSE_CONFIGS = {
+    "v32": BASE | V32 | {"rope_scaling": YARN},
+    # one layer, which is quick to compile with one mistake after the other
+    "v32_mscales": CONFIGS["v3_mscales"] | V32 | {"attention_bias": True, "num_hidden_layers": 1},
+    "glm5": BASE | GLM | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+}
+
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Hugging Face checkpoint, [out, in], one tensor per expert."""
     d, heads, q_rank = config["hidden_size"], config["num_attention_heads"], config["q_lora_rank"]
+    d_nope, d_v = config["qk_nope_head_dim"], config["v_head_dim"]
     out = {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
     if not config["tie_word_embeddings"]:
         out["lm_head.weight"] = (config["vocab_size"], d)
@@ -80,24 +91,30 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         attn = f"{layer}.self_attn"
         out[f"{layer}.input_layernorm.weight"] = out[f"{layer}.post_attention_layernorm.weight"] = (d,)
         if q_rank is None:
-            out[f"{attn}.q_proj.weight"] = (heads * 192, d)
+            out[f"{attn}.q_proj.weight"] = (heads * (d_nope + 64), d)
         else:
             out[f"{attn}.q_a_proj.weight"] = (q_rank, d)
             out[f"{attn}.q_a_layernorm.weight"] = (q_rank,)
-            out[f"{attn}.q_b_proj.weight"] = (heads * 192, q_rank)
+            out[f"{attn}.q_b_proj.weight"] = (heads * (d_nope + 64), q_rank)
         out[f"{attn}.kv_a_proj_with_mqa.weight"] = (576, d)
         out[f"{attn}.kv_a_layernorm.weight"] = (512,)
-        out[f"{attn}.kv_b_proj.weight"] = (heads * 256, 512)
-        out[f"{attn}.o_proj.weight"] = (d, heads * 128)
+        out[f"{attn}.kv_b_proj.weight"] = (heads * (d_nope + d_v), 512)
+        out[f"{attn}.o_proj.weight"] = (d, heads * d_v)
         if config["attention_bias"]:
             biases = {"q_a_proj": q_rank, "kv_a_proj_with_mqa": 576, "o_proj": d}
             out.update({f"{attn}.{name}.bias": (size,) for name, size in biases.items()})
+        if "index_topk" in config:
+            index_heads, width = config["index_n_heads"], config["index_head_dim"]
+            out[f"{attn}.indexer.wq_b.weight"] = (index_heads * width, q_rank)
+            out[f"{attn}.indexer.wk.weight"] = (width, d)
+            out[f"{attn}.indexer.k_norm.weight"] = out[f"{attn}.indexer.k_norm.bias"] = (width,)
+            out[f"{attn}.indexer.weights_proj.weight"] = (index_heads, d)
         if i < config["first_k_dense_replace"]:
             mlp(f"{layer}.mlp", config["intermediate_size"])
             continue
         experts, width = config["n_routed_experts"], config["moe_intermediate_size"]
         out[f"{layer}.mlp.gate.weight"] = (experts, d)
-        if config["model_type"] == "deepseek_v3":
+        if config["model_type"] != "deepseek_v2":
             out[f"{layer}.mlp.gate.e_score_correction_bias"] = (experts,)
         for e in range(experts):
             mlp(f"{layer}.mlp.experts.{e}", width)

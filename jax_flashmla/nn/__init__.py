@@ -9,5 +9,15 @@ except ImportError as error:
 
 from .deepseek import DeepseekConfig, DeepseekForCausalLM
 from .mla import MLAAttention, RopeConfig, plan
+from .sparse import DSAIndexer, SparseCache, SparseMLAAttention
 
-__all__ = ["DeepseekConfig", "DeepseekForCausalLM", "MLAAttention", "RopeConfig", "plan"]
+__all__ = [
+    "DSAIndexer",
+    "DeepseekConfig",
+    "DeepseekForCausalLM",
+    "MLAAttention",
+    "RopeConfig",
+    "SparseCache",
+    "SparseMLAAttention",
+    "plan",
+]

@@ -1,7 +1,8 @@
-"""DeepSeek V2, V2-Lite, V3 and R1 as Flax NNX models, over one paged cache per layer."""
+"""DeepSeek V2, V2-Lite, V3, R1 and V3.2, and GLM-5, as Flax NNX models over paged caches."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from flax import nnx
 
 from .. import api
 from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, linear, plan, precision
+from .sparse import SparseCache, SparseMLAAttention
 
-Caches = tuple[jax.Array, ...]
+Caches = tuple[jax.Array | SparseCache, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,8 @@ class DeepseekConfig:
       norm_topk_prob, routed_scaling_factor: chosen weights are divided by their sum, and multiplied.
       rms_norm_eps: of the norms outside the attention.
       attention_bias, tie_word_embeddings: as in Hugging Face.
+      index_topk: tokens that a query attends to, picked by an indexer in every layer (V3.2); None is dense attention.
+      index_n_heads, index_head_dim, index_rope_interleave: of the indexer, see `DSAIndexer`.
       rope: a `RopeConfig`.
 
     Example:
@@ -60,12 +64,42 @@ class DeepseekConfig:
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     tie_word_embeddings: bool = False
+    index_topk: int | None = None
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_rope_interleave: bool = False
     rope: RopeConfig = RopeConfig(factor=40.0, mscale=1.0, mscale_all_dim=1.0)  # noqa: RUF009 - frozen
 
     @classmethod
     def v3(cls) -> "DeepseekConfig":
         """DeepSeek-V3, R1 and V3.1: 671 billion parameters."""
         return cls()
+
+    @classmethod
+    def v32(cls) -> "DeepseekConfig":
+        """DeepSeek-V3.2: V3 with an indexer in every layer, 672 billion parameters."""
+        return cls(index_topk=2048)
+
+    @classmethod
+    def glm5(cls) -> "DeepseekConfig":
+        """GLM-5: V3.2 with other widths, 744 billion parameters."""
+        return cls(
+            vocab_size=154880,
+            hidden_size=6144,
+            intermediate_size=12288,
+            num_hidden_layers=78,
+            num_attention_heads=64,
+            q_lora_rank=2048,
+            qk_nope_head_dim=192,
+            v_head_dim=256,
+            n_group=1,
+            topk_group=1,
+            rms_norm_eps=1e-5,
+            index_topk=2048,
+            index_n_heads=32,
+            index_rope_interleave=True,
+            rope=RopeConfig(theta=1e6),
+        )
 
     @classmethod
     def v2(cls) -> "DeepseekConfig":
@@ -111,17 +145,37 @@ class DeepseekConfig:
         Raises:
           ValueError: the configuration asks for what this model does not have.
         """
-        v3 = config.get("model_type") != "deepseek_v2"
-        if config.get("index_topk") is not None:
-            raise ValueError("config.json has index_topk (V3.2): sparse attention is not in this version")
-        for name, supported in (("moe_layer_freq", 1), ("hidden_act", "silu")):
-            if config.get(name, supported) != supported:
+        model_type = config.get("model_type")
+        v3 = model_type != "deepseek_v2"
+        sparse = {"deepseek_v32": cls.v32, "glm_moe_dsa": cls.glm5}
+        if config.get("index_topk") is not None and model_type not in sparse:
+            raise ValueError(
+                f"index_topk, sparse attention, needs the model_type {' or '.join(sparse)}, got {model_type!r} in "
+                "config.json"
+            )
+        # index_topk_freq and index_topk_pattern: layers without an indexer take the picks of one below.
+        for name, supported in (
+            ("moe_layer_freq", 1),
+            ("hidden_act", "silu"),
+            ("index_topk_freq", 1),
+            ("index_topk_pattern", None),
+        ):
+            if config.get(name) not in (None, supported):
                 raise ValueError(f"{name} must be {supported!r}, got {config[name]!r} in config.json")
-        defaults = cls() if v3 else cls.v2()
+        if "shared" in (config.get("indexer_types") or ()):
+            raise ValueError("indexer_types must be 'full' for all layers, got 'shared' in config.json")
+        defaults = sparse.get(str(model_type), cls.v3 if v3 else cls.v2)()
         names = [field.name for field in dataclasses.fields(cls) if field.name != "rope"]
         values = {name: config[name] for name in names if config.get(name) is not None}
         if "q_lora_rank" in config:
             values["q_lora_rank"] = config["q_lora_rank"] or None
+        if mlps := config.get("mlp_layer_types"):
+            dense = mlps.count("dense")
+            if "dense" in mlps[dense:]:
+                raise ValueError(f"mlp_layer_types must be 'dense' first, got {mlps!r} in config.json")
+            values["first_k_dense_replace"] = dense
+        if config.get("indexer_rope_interleave") is not None:
+            values["index_rope_interleave"] = config["indexer_rope_interleave"]
         # transformers writes no scoring_func: there the model type tells.
         method = config.get("topk_method", "noaux_tc" if v3 else "greedy")
         if method not in ("greedy", "group_limited_greedy", "noaux_tc"):
@@ -244,7 +298,11 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: DeepseekConfig, index: int, *, dtype: Any, rngs: nnx.Rngs, **attention: Any):
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, param_dtype=dtype)
-        self.self_attn = MLAAttention(
+        make: Callable[..., MLAAttention] = MLAAttention
+        if c.index_topk is not None:
+            names = ("index_topk", "index_n_heads", "index_head_dim", "index_rope_interleave")
+            make = functools.partial(SparseMLAAttention, **{name: getattr(c, name) for name in names})
+        self.self_attn = make(
             c.hidden_size,
             c.num_attention_heads,
             q_lora_rank=c.q_lora_rank,
@@ -265,7 +323,7 @@ class DecoderLayer(nnx.Module):
         else:
             self.mlp = MoE(c, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, cache: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, cache: Any, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         y, cache = self.self_attn(self.input_layernorm(x), cache, *args, **kwargs)
         return self._feed_forward(x + y), cache
 
@@ -277,15 +335,17 @@ class DecoderLayer(nnx.Module):
 
 
 class DeepseekForCausalLM(nnx.Module):
-    """A DeepSeek V2, V2-Lite, V3 or R1 language model.
+    """A DeepSeek V2, V2-Lite, V3, R1 or V3.2 language model, or GLM-5.
 
     Args:
       config: a `DeepseekConfig`.
-      dtype: of parameters, activations and caches; float32 runs through the reference. Routers are float32 always.
+      dtype: of parameters, activations and caches; float32 runs through the reference. Routers and the weights of the
+        indexer's heads are float32 always.
       attention, implementation: as of `MLAAttention`.
       rngs: initialises the parameters; `from_pretrained` reads them.
 
-    Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
+    Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; DeepSeek-V3.2, arXiv:2512.02556; GLM-5,
+    arXiv:2602.15763.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp
@@ -353,9 +413,23 @@ class DeepseekForCausalLM(nnx.Module):
         options = {"attention": attention, "implementation": implementation}
         return load(directory, dtype=dtype, progress=progress, **options)
 
-    def init_caches(self, num_pages: int, *, page_size: int = 64) -> Caches:
-        """One cache of zeros per layer, `[num_pages, page_size, 1, 576]`; all use the same block table."""
-        return tuple(layer.self_attn.init_cache(num_pages, page_size=page_size) for layer in self.layers)
+    def init_caches(self, num_pages: int, *, page_size: int = 64, format: str | None = None) -> Caches:
+        """One cache of zeros per layer; all use the same block table.
+
+        Args:
+          num_pages, page_size: of each cache.
+          format: None for rows of the model's dtype; "fp8_v32" only where the attention is sparse.
+
+        Returns:
+          Arrays `[num_pages, page_size, 1, 576]`, or a `SparseCache` per layer where the attention is sparse.
+
+        Raises:
+          ValueError: a format that the attention does not read.
+        """
+        if self.config.index_topk is None and format is not None:
+            raise ValueError(f"format must be None for a model without index_topk, got {format!r}")
+        options: dict[str, Any] = {} if format is None else {"format": format}
+        return tuple(layer.self_attn.init_cache(num_pages, page_size=page_size, **options) for layer in self.layers)
 
     def __call__(
         self,
@@ -383,9 +457,11 @@ class DeepseekForCausalLM(nnx.Module):
         Raises:
           TypeError, ValueError: from `flash_mla_with_kvcache`, about table, lengths and cache.
         """
-        metadata = plan(cache_seqlens, tokens.shape[1], self.config.num_attention_heads)
+        metadata = None  # sparse decode has no plan
+        if self.config.index_topk is None:
+            metadata = plan(cache_seqlens, tokens.shape[1], self.config.num_attention_heads)
         x = self.embed_tokens(tokens)
-        new_caches = []
+        new_caches: list[jax.Array | SparseCache] = []
         for layer, cache in zip(self.layers, caches, strict=True):  # unrolled: a scan would copy the caches
             x, cache = layer(x, cache, block_table, cache_seqlens, num_new=num_new, metadata=metadata)
             new_caches.append(cache)

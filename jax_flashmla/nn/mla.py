@@ -119,6 +119,14 @@ def token_positions(cache_seqlens: jax.Array, s: int) -> jax.Array:
     return cache_seqlens[:, None] - s + jnp.arange(s, dtype=jnp.int32)
 
 
+def write_positions(positions: jax.Array, num_new: jax.Array | None) -> jax.Array:
+    """The positions `[b, s]` at which tokens are written: -1 where a ragged batch has padding."""
+    if num_new is None:
+        return positions
+    s = positions.shape[1]
+    return jnp.where(jnp.arange(s, dtype=jnp.int32) >= s - num_new[:, None], positions, -1)
+
+
 def chunks_of(s: int) -> tuple[int, int]:
     """Number and width of the equal chunks that s query tokens make; what is missing is padded in front."""
     count = -(-s // MAX_CHUNK)
@@ -147,7 +155,7 @@ def plan(cache_seqlens: jax.Array, s: int, num_heads: int) -> tuple[jax.Array, j
 
 
 def write_rows(cache: jax.Array, rows: jax.Array, block_table: jax.Array, positions: jax.Array) -> jax.Array:
-    """Writes rows `[b, s, 576]` to their positions `[b, s]`; negative ones and those beyond the table go nowhere.
+    """Writes rows `[b, s, width]` to their positions `[b, s]`; negative ones and those beyond the table go nowhere.
 
     In place where the cache is donated to the jitted step.
     """
@@ -269,14 +277,10 @@ class MLAAttention(nnx.Module):
         """
         b, s, _ = x.shape
         positions = token_positions(cache_seqlens, s)
-        q_nope, q_rope = self._queries(x, positions)
+        q = self._absorbed(*self._queries(self._compressed(x), positions))
         # A table shared by sequences is the caller's business: rows are written where it says.
-        slots = positions
-        if num_new is not None:
-            slots = jnp.where(jnp.arange(s, dtype=jnp.int32) >= s - num_new[:, None], positions, -1)
-        cache = write_rows(cache, self._rows(x, positions), block_table, slots)
+        cache = write_rows(cache, self._rows(x, positions), block_table, write_positions(positions, num_new))
 
-        q = jnp.concatenate([self._einsum("bshn,hnc->bshc", q_nope, self.w_uk[...]), q_rope], axis=-1)
         # A long prompt is a batch of chunks: each ends at its own length, and all rows are already in the cache.
         count, width = chunks_of(s)
         q = jnp.pad(q, ((0, 0), (count * width - s, 0), (0, 0), (0, 0))).reshape(b * count, width, *q.shape[2:])
@@ -292,25 +296,41 @@ class MLAAttention(nnx.Module):
             implementation=self.implementation,
         )
         out = out.reshape(b, count * width, self.num_heads, D_LATENT)[:, count * width - s :]
-        return self._output(self._einsum("bshc,hvc->bshv", out, self.w_uv[...])), cache
+        return self._output(self._unabsorbed(out)), cache
 
     def mha(self, x: jax.Array) -> jax.Array:
         """The same without cache and absorption, for checking: whole sequences `[b, s, hidden_size]`, O(s^2)."""
         s = x.shape[1]
         positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), x.shape[:2])
-        q_nope, q_rope = self._queries(x, positions)
+        compressed = self._compressed(x)
+        q_nope, q_rope = self._queries(compressed, positions)
         latent, k_rope = jnp.split(self._rows(x, positions), [D_LATENT], axis=-1)
         k_nope = self._einsum("btc,hnc->bthn", latent, self.w_uk[...])
         v = self._einsum("btc,hvc->bthv", latent, self.w_uv[...])
         scores = self._einsum("bshn,bthn->bhst", q_nope, k_nope, jnp.float32)
         scores = scores + self._einsum("bshr,btr->bhst", q_rope, k_rope, jnp.float32)
-        scores = jnp.where(jnp.tri(s, dtype=bool), scores * jnp.float32(self.softmax_scale), -jnp.inf)
+        seen = self._seen(x, compressed, positions)
+        scores = jnp.where(seen, scores * jnp.float32(self.softmax_scale), -jnp.inf)
         return self._output(self._einsum("bhst,bthv->bshv", jax.nn.softmax(scores).astype(v.dtype), v))
 
-    def _queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q_nope, q_rope = jnp.split(q.reshape(*x.shape[:2], self.num_heads, -1), [self.d_nope], axis=-1)
+    def _compressed(self, x: jax.Array) -> jax.Array:
+        """What queries are made of: `[b, s, q_lora_rank]`, or x itself."""
+        return x if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+
+    def _queries(self, compressed: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = self.q_proj(compressed) if self.q_lora_rank is None else self.q_b_proj(compressed)
+        q_nope, q_rope = jnp.split(q.reshape(*positions.shape, self.num_heads, -1), [self.d_nope], axis=-1)
         return q_nope, self.rope.rotate(q_rope, positions)
+
+    def _absorbed(self, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
+        return jnp.concatenate([self._einsum("bshn,hnc->bshc", q_nope, self.w_uk[...]), q_rope], axis=-1)
+
+    def _unabsorbed(self, out: jax.Array) -> jax.Array:
+        return self._einsum("bshc,hvc->bshv", out, self.w_uv[...])
+
+    def _seen(self, x: jax.Array, compressed: jax.Array, positions: jax.Array) -> jax.Array:
+        """Which keys `mha` lets a token see, broadcastable to `[b, h_q, s, s]`."""
+        return jnp.tri(x.shape[1], dtype=bool)
 
     def _rows(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [D_LATENT], axis=-1)
