@@ -582,9 +582,10 @@ def test_page_allocator(num_pages, page_size, program):
         elif target is None:
             continue
         elif action == "fork":
-            sequence = a.fork(target)
+            first = min(amount, a.length(target))
+            sequence = a.fork(target, first) if amount else a.fork(target)
             assert sequence not in live and a.num_free == before[1]
-            model.tokens[sequence] = list(model.tokens[target])
+            model.tokens[sequence] = model.tokens[target][: first if amount else None]
         elif action == "free":
             a.free(target)
             del model.tokens[target]
@@ -622,6 +623,19 @@ def test_block_table_of_the_allocator():
     assert a.block_table([]).shape == (0, 1) and a.cache_seqlens([]).dtype == np.int32
     with pytest.raises(ValueError, match=r"max_pages must be at least 3.*got 2"):
         a.block_table([x], max_pages=2)
+
+
+def test_fork_of_the_first_tokens():
+    a = kvcache.PageAllocator(6, 4)
+    parent = a.alloc(10)
+    beam = a.fork(parent, 5)  # in the middle of the second page
+    assert a.pages(beam) == a.pages(parent)[:2] and a.length(beam) == 5
+    assert a.extend(beam, 1) == [(a.pages(parent)[1], a.pages(beam)[1])] and a.extend(parent, 1) == []
+    assert a.length(a.fork(parent, 0)) == 0 and a.num_free == 2
+    with pytest.raises(ValueError, match="num_tokens must be at most 11, the tokens of the sequence, got 12"):
+        a.fork(parent, 12)
+    with pytest.raises(ValueError, match="num_tokens must be at least 0, got -1"):
+        a.fork(parent, -1)
 
 
 def test_fork_and_copy_on_a_device():

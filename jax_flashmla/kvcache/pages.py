@@ -78,12 +78,16 @@ class PageAllocator:
         self._lengths[sequence] = length + num_tokens
         return copies
 
-    def fork(self, sequence: int) -> int:
-        """Starts a sequence with the tokens of another, on the same pages, and returns its id."""
-        held = self._held(sequence)
+    def fork(self, sequence: int, num_tokens: int | None = None) -> int:
+        """Starts a sequence with the first `num_tokens` tokens of another, all when None, on the same pages; its id."""
+        held, length = self._held(sequence), self._lengths[sequence]
+        num_tokens = length if num_tokens is None else checks.integer("num_tokens", num_tokens, minimum=0)
+        if num_tokens > length:
+            raise ValueError(f"num_tokens must be at most {length}, the tokens of the sequence, got {num_tokens}")
+        held = held[: -(-num_tokens // self.page_size)]
         for page in held:
             self._references[page] += 1
-        return self._start(list(held), self._lengths[sequence])
+        return self._start(held, num_tokens)
 
     def free(self, sequence: int) -> None:
         """Ends a sequence; pages that nobody else holds can be handed out again."""
