@@ -69,7 +69,7 @@ def markdown(doc: str) -> str:
     out: list[str] = []
     section = ""
     example: list[str] = []
-    doc = re.sub(r"^(  \S[^:\n]*,)\n +", r"\1 ", doc, flags=re.M)  # names over two lines
+    doc = re.sub(r"^(  [^\s>][^:\n]*,)\n +", r"\1 ", doc, flags=re.M)  # names over two lines
     for line in [*doc.splitlines(), "End:"]:
         head = SECTION.match(line)
         if (head or line == "End:") and example:
