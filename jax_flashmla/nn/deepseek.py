@@ -440,6 +440,7 @@ class DeepseekForCausalLM(nnx.Module):
         *,
         num_new: jax.Array | None = None,
         logits_to_keep: int | None = None,
+        batch_invariant: bool = False,
     ) -> tuple[jax.Array, Caches]:
         """Appends tokens to their sequences and returns what follows them: decode and prefill.
 
@@ -450,6 +451,7 @@ class DeepseekForCausalLM(nnx.Module):
           cache_seqlens: int32 `[b]`, tokens per sequence, the new ones included.
           num_new: int32 `[b]` when the batch is ragged; see `MLAAttention`.
           logits_to_keep: static; only the last so many tokens get logits. None: all.
+          batch_invariant: static; attention plans that cut each sequence by its own length alone, see `plan`.
 
         Returns:
           logits, float32 `[b, s, vocab_size]`, and the caches.
@@ -459,7 +461,8 @@ class DeepseekForCausalLM(nnx.Module):
         """
         metadata = None  # sparse decode has no plan
         if self.config.index_topk is None:
-            metadata = plan(cache_seqlens, tokens.shape[1], self.config.num_attention_heads)
+            heads = self.config.num_attention_heads
+            metadata = plan(cache_seqlens, tokens.shape[1], heads, batch_invariant=batch_invariant)
         x = self.embed_tokens(tokens)
         new_caches: list[jax.Array | SparseCache] = []
         for layer, cache in zip(self.layers, caches, strict=True):  # unrolled: a scan would copy the caches

@@ -140,18 +140,22 @@ def chunk_lengths(cache_seqlens: jax.Array, s: int) -> jax.Array:
     return jnp.maximum(cache_seqlens[:, None] - later, 0).reshape(-1)
 
 
-def plan(cache_seqlens: jax.Array, s: int, num_heads: int) -> tuple[jax.Array, jax.Array]:
+def plan(
+    cache_seqlens: jax.Array, s: int, num_heads: int, *, batch_invariant: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """`get_mla_metadata` for a step of s new tokens per sequence, to be shared by all layers.
 
     Args:
       cache_seqlens: int32 `[b]`, keys per sequence, the new tokens included.
       s: new tokens per sequence; static.
       num_heads: query heads; static.
+      batch_invariant: static; as of `get_mla_metadata`.
 
     Returns:
       `tile_scheduler_metadata` and `num_splits`; chunks of a long prompt count as sequences.
     """
-    return api.get_mla_metadata(chunk_lengths(cache_seqlens, s), chunks_of(s)[1] * num_heads, 1)
+    lengths, rows = chunk_lengths(cache_seqlens, s), chunks_of(s)[1] * num_heads
+    return api.get_mla_metadata(lengths, rows, 1, batch_invariant=batch_invariant)
 
 
 def write_rows(cache: jax.Array, rows: jax.Array, block_table: jax.Array, positions: jax.Array) -> jax.Array:
