@@ -8,16 +8,22 @@ except ImportError as error:
     ) from error
 
 from .deepseek import DeepseekConfig, DeepseekForCausalLM
+from .engine import Engine, Request, Stats
 from .mla import MLAAttention, RopeConfig, plan
+from .sampling import sample
 from .sparse import DSAIndexer, SparseCache, SparseMLAAttention
 
 __all__ = [
     "DSAIndexer",
     "DeepseekConfig",
     "DeepseekForCausalLM",
+    "Engine",
     "MLAAttention",
+    "Request",
     "RopeConfig",
     "SparseCache",
     "SparseMLAAttention",
+    "Stats",
     "plan",
+    "sample",
 ]

@@ -451,7 +451,8 @@ class DeepseekForCausalLM(nnx.Module):
           cache_seqlens: int32 `[b]`, tokens per sequence, the new ones included.
           num_new: int32 `[b]` when the batch is ragged; see `MLAAttention`.
           logits_to_keep: static; only the last so many tokens get logits. None: all.
-          batch_invariant: static; attention plans that cut each sequence by its own length alone, see `plan`.
+          batch_invariant: static; attention plans that cut each sequence by its own length alone, see `plan`. Sparse
+            attention has no plan, so there it changes nothing.
 
         Returns:
           logits, float32 `[b, s, vocab_size]`, and the caches.
