@@ -1,0 +1,154 @@
+"""python -m jax_flashmla.generate: on a checkpoint with and without a tokenizer, and without a checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import nn_checkpoints
+import numpy as np
+import pytest
+
+pytest.importorskip("flax.nnx")
+
+from jax_flashmla import generate
+from jax_flashmla.nn import DeepseekForCausalLM
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
+SHORT = ["--dtype", "float32", "--max-new-tokens", "6", "--page-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config = nn_checkpoints.CONFIGS["v2_lite"]
+    return nn_checkpoints.save(tmp_path_factory.mktemp("checkpoints") / "lite", config, nn_checkpoints.weights(config))
+
+
+@pytest.fixture(scope="module")
+def likeliest(checkpoint):
+    """Six tokens after each prompt, by plain attention over the whole text each time."""
+    model = DeepseekForCausalLM.from_pretrained(checkpoint, dtype=jnp.float32, progress=False)
+    texts = [list(prompt) for prompt in PROMPTS]
+    for _ in range(6):
+        padded = np.zeros((2, 16), np.int32)
+        for i, text in enumerate(texts):
+            padded[i, : len(text)] = text
+        logits = np.asarray(model.mha(jnp.asarray(padded)))
+        for i, text in enumerate(texts):
+            text.append(int(logits[i, len(text) - 1].argmax()))
+    return [text[len(prompt) :] for text, prompt in zip(texts, PROMPTS, strict=True)]
+
+
+def numbers(text):
+    return [int(word) for word in text.split()]
+
+
+def test_token_files(checkpoint, likeliest, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(" ".join(map(str, prompt)) for prompt in PROMPTS) + "\n\n")
+    assert generate.main(["--model", str(checkpoint), "--tokens", str(file), *SHORT]) == 0
+    out, err = capsys.readouterr()
+    lines = dict(line.split(" ", 1) for line in out.splitlines())
+    assert {name: numbers(text) for name, text in lines.items()} == {"[0]": likeliest[0], "[1]": likeliest[1]}
+    assert "12/12" in err and "decode 12 tokens" in err and "tokens/s" in err and "cpu" in err
+
+    file.write_text(",".join(map(str, PROMPTS[0])))  # one prompt: its tokens as they come, no bar
+    config = {"eos_token_id": [likeliest[0][2], 10**6]}
+    (checkpoint / "generation_config.json").write_text(json.dumps(config))
+    try:
+        assert generate.main(["--model", str(checkpoint), "--tokens", str(file), *SHORT]) == 0
+    finally:
+        (checkpoint / "generation_config.json").unlink()
+    out, err = capsys.readouterr()
+    ends = likeliest[0].index(likeliest[0][2]) + 1
+    assert numbers(out) == likeliest[0][:ends] and f"decode {ends} tokens" in err and "/6" not in err
+
+
+def test_a_tokenizer(checkpoint, likeliest, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for file in checkpoint.iterdir():
+        (directory / file.name).symlink_to(file)
+    vocabulary = {f"w{i}": i for i in range(nn_checkpoints.CONFIGS["v2_lite"]["vocab_size"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    # The first token of the prompt comes from here.
+    settings = {"add_bos_token": True, "bos_token": {"content": f"w{PROMPTS[0][0]}"}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    prompt = " ".join(f"w{i}" for i in PROMPTS[0][1:])
+    assert generate.main(["--model", str(directory), "--prompt", prompt, *SHORT]) == 0
+    assert capsys.readouterr().out == " ".join(f"w{i}" for i in likeliest[0]) + "\n"
+
+
+def test_characters_of_several_tokens_come_whole(tmp_path):
+    """Bytes of UTF-8 as tokens: nothing is shown until a character is there."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = generate.Text(tmp_path)
+    first, second = text.pieces(), text.pieces()
+    tokens = text.encode("é→x")
+    assert [first(token) for token in tokens] == ["", "é", "", "", "→", "x"]
+    assert second(tokens[-1]) == "x"
+
+
+def test_without_a_model_it_says_so(tmp_path):
+    """As a user calls it: the module's own imports, streams and exit code."""
+    root = Path(generate.__file__).resolve().parent.parent
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-P", "-m", "jax_flashmla.generate", *SHORT, "--temperature", "1", "--top-p", "0.9"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    assert "tiny random one" in result.stderr and "decode 6 tokens" in result.stderr
+    tokens = numbers(result.stdout)
+    assert len(tokens) == 6 and all(0 <= token < 256 for token in tokens)
+
+
+def test_seeds_are_repeatable_and_a_batch_counts_them_on(checkpoint, tmp_path, capsys):
+    def run(lines, *options):
+        file = tmp_path / "prompts.txt"
+        file.write_text("\n".join(lines))
+        drawn = ["--temperature", "2", "--batch-invariant", *options]
+        assert generate.main(["--model", str(checkpoint), "--tokens", str(file), *SHORT, *drawn]) == 0
+        return capsys.readouterr().out
+
+    together = run(["1 2 3", "1 2 3"], "--seed", "5")
+    assert together == run(["1 2 3", "1 2 3"], "--seed", "5")
+    texts = {line.split(" ", 1)[1] for line in together.splitlines()}
+    assert len(texts) == 2  # the same prompt, another seed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "text"], "--prompt needs a tokenizer.json beside the model"),
+        (["--tokens", "missing.txt"], "missing.txt"),
+        (["--tokens", "words.txt"], "--tokens must have token ids, got line 2: 'two words'"),
+        (["--tokens", "empty.txt"], "--tokens must have a line of token ids at least, got none"),
+        (["--tokens", "large.txt"], "prompt must have token ids from 0 to"),
+        (["--tokens", "good.txt", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--tokens", "good.txt", "--num-pages", "1"], "(num_pages), got 3 and 64"),
+        (["--tokens", "good.txt", "--top-p", "2"], "top_p must be a number over 0 and up to 1, got 2.0"),
+    ],
+)
+def test_errors(checkpoint, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in {"words": "1 2\ntwo words", "empty": "\n", "large": "1000000", "good": "1 2 3"}.items():
+        Path(f"{name}.txt").write_text(content)
+    assert generate.main(["--model", str(checkpoint), "--page-size", "16", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1].startswith("error: ") and message in err
+
+
+def test_no_checkpoint_in_the_directory(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("1 2 3")
+    assert generate.main(["--model", str(tmp_path), "--tokens", str(tmp_path / "prompts.txt")]) == 2
+    assert "must hold a config.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        generate.main(["--prompt", "a", "--tokens", "b"])
