@@ -6,6 +6,7 @@ from . import kvcache
 from ._native import register_cuda_targets
 from .api import flash_mla_with_kvcache, get_mla_metadata, merge_attention_states
 from .ops import EXPORT_SAFE
+from .ragged import mla_ragged_paged_attention
 
 try:
     __version__ = version("jax-flashmla")
@@ -19,5 +20,6 @@ __all__ = [
     "get_mla_metadata",
     "kvcache",
     "merge_attention_states",
+    "mla_ragged_paged_attention",
     "register_cuda_targets",
 ]

@@ -72,6 +72,14 @@ def pool_tokens(name: str, tokens: int) -> None:
         raise ValueError(f"{name} must address fewer than 2**31 tokens, got {tokens}; int32 slots end there")
 
 
+def plain_pool(name: str, cache: Any, *, dtypes: tuple[str, ...], d_qk: int) -> None:
+    """A pool of rows that are not quantised; of float32 too, which is no format."""
+    checks.array(name, cache, axes="P, page_size, 1, d_qk", dtypes=dtypes)
+    if 0 in cache.shape or cache.shape[2:] != (1, d_qk):
+        raise ValueError(f"{name} must have shape [P, page_size, 1, {d_qk}] and at least one page, got {cache.shape}")
+    pool_tokens(name, cache.shape[0] * cache.shape[1])
+
+
 def block_table(table: Any, page_size: int, *, b: int | None = None) -> None:
     checks.array("block_table", table, axes="b, max_pages", dtypes=("int32",))
     if b is not None:

@@ -290,17 +290,26 @@ def num_slots(cache: jax.Array) -> int:
     return cache.shape[0] * (page_size_of(cache.shape, fmt.token_bytes) if fmt else cache.shape[1])
 
 
+def write_rows(cache: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+    """Puts rows `[t, token]` into their slots of a pool `[P, page_size, 1, token]`, of any dtype."""
+    page, offset = _place(slots, cache.shape[0], cache.shape[1])
+    return cache.at[page, offset, 0].set(rows, mode="drop", wrap_negative_indices=False)
+
+
+def _place(slots: jax.Array, num_pages: int, page_size: int) -> tuple[jax.Array, jax.Array]:
+    exists = (slots >= 0) & (slots < num_pages * page_size)
+    return jnp.where(exists, slots // page_size, num_pages), slots % page_size  # behind the pool: dropped
+
+
 def write(cache: jax.Array, rows: jax.Array, slots: jax.Array, fmt: KVFormat) -> jax.Array:
     """Puts packed rows `[t, token]` into their slots; see the head of the file for the way of it."""
-    page_size = page_size_of(cache.shape, fmt.token_bytes)
-    exists = (slots >= 0) & (slots < cache.shape[0] * page_size)
-    page = jnp.where(exists, slots // page_size, cache.shape[0])  # behind the pool: dropped
-    offset = slots % page_size
     data = as_bytes(cache)
     if len(fmt.plane_bytes) == 1:
-        data = data.at[page, offset, 0].set(rows, mode="drop", wrap_negative_indices=False)
+        data = write_rows(data, rows, slots)
     else:
         # A token has bytes in several planes, and the array's axes follow none of them.
+        page_size = page_size_of(cache.shape, fmt.token_bytes)
+        page, offset = _place(slots, cache.shape[0], page_size)
         within = np.concatenate([np.arange(width, dtype=np.int32) for width in fmt.plane_bytes])
         starts = np.repeat([fmt.plane_offset(i, page_size) for i in range(len(fmt.plane_bytes))], fmt.plane_bytes)
         widths = np.repeat(fmt.plane_bytes, fmt.plane_bytes)
