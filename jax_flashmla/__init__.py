@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import kvcache
+from . import kvcache, sharding
 from ._native import register_cuda_targets
 from .api import flash_mla_with_kvcache, get_mla_metadata, merge_attention_states
 from .ops import EXPORT_SAFE
@@ -22,4 +22,5 @@ __all__ = [
     "merge_attention_states",
     "mla_ragged_paged_attention",
     "register_cuda_targets",
+    "sharding",
 ]

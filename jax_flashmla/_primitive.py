@@ -34,7 +34,9 @@ class Op(NamedTuple):
                 f"{self.name}: implementation='cuda' cannot be used: {problem}; use implementation=None or 'xla'"
             )
         if problem or implementation == "xla":
-            return self.reference(*operands, **attributes)
+            # Devices of a mesh that share an operand sum its gradient: out here, and not in a branch of the reference
+            # that some of them do not take.
+            return self.reference(*(match_varying(x, *operands) for x in operands), **attributes)
         return self.forward(freeze(insist=implementation == "cuda", **attributes), *operands)
 
 

@@ -1,7 +1,7 @@
 import os
 
-# Before jax starts its backends: four CPU devices for sharding, and no preallocation, so that workers share a GPU.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+# Before jax starts its backends: eight CPU devices for sharding, and no preallocation, so that workers share a GPU.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
