@@ -5,6 +5,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import ml_dtypes
 import nn_checkpoints
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 nnx = pytest.importorskip("flax.nnx")
 
@@ -29,6 +32,7 @@ from jax_flashmla.nn import (  # noqa: E402
     mla,
     plan,
 )
+from jax_flashmla.sharding import MLAMesh  # noqa: E402
 
 EXPECTED = np.load(Path(__file__).parent / "nn_logits.npz")
 TOKENS = nn_checkpoints.TOKENS.astype(np.int32)
@@ -432,3 +436,101 @@ def test_without_flax_the_import_says_what_to_install():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode and "pip install 'jax-flashmla[flax]'" in result.stderr
+
+
+# --- on a mesh ---
+
+MESH_KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+
+
+def mesh_of(kind, roles):
+    """`roles`: the size of the axis of each role."""
+    sizes, n = tuple(roles.values()), math.prod(roles.values())
+    axes = tuple(f"axis of {role}" for role in roles)
+    mesh = jax.make_mesh(sizes, axes, axis_types=(kind,) * len(sizes), devices=jax.devices("cpu")[:n])
+    return MLAMesh(mesh, **dict(zip(roles, axes)))
+
+
+def parts(parameter):
+    return {shard.data.shape for shard in parameter[...].addressable_shards}
+
+
+@MESH_KINDS
+@pytest.mark.parametrize("roles", [{"heads": 3}, {"batch": 2}, {"context": 2}], ids=lambda roles: next(iter(roles)))
+def test_model_on_a_mesh(roles, kind, load):
+    """As transformers: a prompt and then tokens. Every device of a batch or context has the same page numbers."""
+    mesh = mesh_of(kind, roles)
+    model = load("v3", mesh=mesh)
+    attn, mlp = model.layers[1].self_attn, model.layers[1].mlp
+    heads = roles.get("heads", 1)
+    assert parts(attn.w_uk) == {(3 // heads, 128, 512)} and parts(attn.o_proj.kernel) == {(384 // heads, 60)}
+    assert parts(attn.q_b_proj.kernel) == {(24, 576 // heads)} and parts(attn.kv_a_proj_with_mqa.kernel) == {(60, 576)}
+    assert parts(model.layers[0].mlp.down_proj.kernel) == {(48 // heads, 60)}
+    assert parts(mlp.up_proj) == {(8, 60, 16)}  # 16 columns cannot be divided by 3
+    caches = tuple(
+        jax.device_put(jnp.full_like(cache, jnp.nan), mesh.sharding("k_cache"))
+        for cache in model.init_caches(NUM_PAGES * mesh.size("pages"), page_size=PAGE)
+    )
+    table = np.repeat(TABLE, 2, axis=1) if "context" in roles else TABLE
+    logits, length = [], 0
+    for s in (20, 18, 1, 1):
+        tokens, length = TOKENS[:, length : length + s], length + s
+        out, caches = jitted_step(model, tokens, caches, table, np.full(B, length, np.int32))
+        assert all(c.sharding.is_equivalent_to(mesh.sharding("k_cache"), 4) for c in caches)
+        logits.append(jax.device_get(out))
+    assert difference(np.concatenate(logits, axis=1), "v3") < TOLERANCE
+
+
+@MESH_KINDS
+def test_layer_on_two_axes(kind):
+    """Heads and batch, each over two devices, inside of a scan; parameters are those of one device."""
+    options = {"q_lora_rank": 16, "dtype": jnp.float32}
+    alone = MLAAttention(32, 4, **options, rngs=nnx.Rngs(0))
+    mesh = mesh_of(kind, {"batch": 2, "heads": 2})
+    layer = MLAAttention(32, 4, **options, mesh=mesh, rngs=nnx.Rngs(0))
+    assert parts(layer.w_uv) == {(2, 128, 512)}
+    x = jax.random.normal(jax.random.key(1), (2, 20, 32))
+    table = jnp.array([[3, 0], [1, 2]], jnp.int32)
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def scanned(state, x, cache, table):
+        layer = nnx.merge(graphdef, state)
+
+        def step(carry, token):
+            cache, length = carry
+            y, cache = layer(token[:, None], cache, table, length + 1)
+            return (cache, length + 1), y[:, 0]
+
+        (cache, _), y = jax.lax.scan(step, (cache, jnp.zeros(2, jnp.int32)), x)
+        return y, cache
+
+    y, _ = scanned(state, x.swapaxes(0, 1), layer.init_cache(8, page_size=16), table)
+    np.testing.assert_allclose(jax.device_get(y).swapaxes(0, 1), alone.mha(x), atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(jax.device_get(nnx.jit(MLAAttention.mha)(layer, x)), alone.mha(x), atol=2e-5, rtol=2e-5)
+    text = scanned.lower(state, x.swapaxes(0, 1), layer.init_cache(8, page_size=16), table).compile().as_text()
+    assert not re.search(r"f32\[(8|4),16,1,576\]\S* all-gather", text)
+
+
+def test_parameters_on_a_mesh_are_those_of_one_device(load):
+    mesh = mesh_of(AxisType.Auto, {"heads": 3})
+    states = (jax.device_get(nnx.state(load("v2", **options))) for options in ({}, {"mesh": mesh}))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_experts_are_divided(load):
+    """16 columns over 2 devices, for both sequences at once; three heads stay whole on every device."""
+    config = dataclasses.replace(DeepseekConfig.from_hf(nn_checkpoints.CONFIGS["v3"]), num_attention_heads=2)
+    alone = DeepseekForCausalLM(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model = DeepseekForCausalLM(
+        config, dtype=jnp.float32, mesh=mesh_of(AxisType.Auto, {"heads": 2, "batch": 2}), rngs=nnx.Rngs(0)
+    )
+    assert parts(model.layers[1].mlp.up_proj) == {(8, 60, 8)} and parts(model.lm_head.kernel) == {(60, 24)}
+    mha = nnx.jit(DeepseekForCausalLM.mha)
+    expected = mha(alone, TOKENS)
+    assert np.abs(jax.device_get(mha(model, TOKENS)) - expected).max() < TOLERANCE
+
+
+def test_heads_that_cannot_be_divided_are_refused():
+    with pytest.raises(ValueError, match=r"num_heads must be divisible by 2, the devices on .*, got 3; use fewer"):
+        MLAAttention(32, 3, q_lora_rank=None, mesh=mesh_of(AxisType.Auto, {"heads": 2}), rngs=nnx.Rngs(0))

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .. import api
+from ..sharding import MLAMesh
 from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, linear, plan, precision
+from .placement import on_mesh, parameter_sharding, place
 from .sparse import SparseCache, SparseMLAAttention
 
 Caches = tuple[jax.Array | SparseCache, ...]
@@ -266,7 +268,8 @@ class Router(nnx.Module):
 class MoE(nnx.Module):
     """Routed experts as one grouped matrix product per projection, and shared experts as one MLP. Drops no token."""
 
-    def __init__(self, config: DeepseekConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: DeepseekConfig, *, dtype: Any, mesh: MLAMesh | None = None, rngs: nnx.Rngs):
+        self.mesh = mesh
         e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         init = nnx.initializers.lecun_normal(batch_axis=0)
         self.gate = Router(config, rngs=rngs)
@@ -276,20 +279,39 @@ class MoE(nnx.Module):
         self.shared_experts = MLP(d, f * config.n_shared_experts, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        tokens = x.reshape(-1, x.shape[-1])
-        weights, experts = self.gate(tokens)
-        k = experts.shape[1]
-        order = jnp.argsort(experts.reshape(-1))  # stable: pairs (token, expert), those of one expert together
-        sizes = jnp.bincount(experts.reshape(-1), length=self.gate_proj.shape[0]).astype(jnp.int32)
+        weights, experts = (y.reshape(*x.shape[:-1], -1) for y in self.gate(x.reshape(-1, x.shape[-1])))
+        operands = x, weights, experts, self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        routed = _routed(*operands) if self.mesh is None else self._routed_on_mesh(*operands)
+        return routed + self.shared_experts(x)
 
-        def grouped(rows: jax.Array, kernels: nnx.Param) -> jax.Array:
-            return jax.lax.ragged_dot(rows, kernels[...], sizes, precision=precision(rows.dtype))
+    def _routed_on_mesh(self, x: jax.Array, *operands: jax.Array) -> jax.Array:
+        """Every device takes its own tokens through its own columns of all experts."""
+        assert self.mesh is not None
+        names = ("mlp", "gate_proj"), ("mlp", "up_proj"), ("mlp", "down_proj")
+        kernels = [parameter_sharding(path, kernel.shape, self.mesh).spec for path, kernel in zip(names, operands[2:])]
+        rows = self.mesh.sharding("x").spec
+        divided = self.mesh.heads if self.mesh.heads in kernels[0] else None
+        body = functools.partial(_routed, axis=divided)
+        return self.mesh.shard_map(body, (rows, rows, rows, *kernels), rows)(x, *operands)
 
-        rows = tokens[order // k]
-        rows = grouped(jax.nn.silu(grouped(rows, self.gate_proj)) * grouped(rows, self.up_proj), self.down_proj)
-        rows = rows[jnp.argsort(order)].reshape(-1, k, x.shape[-1]).astype(jnp.float32)
-        routed = (rows * weights[:, :, None]).sum(axis=1).astype(x.dtype)  # a fixed order of summation
-        return routed.reshape(x.shape) + self.shared_experts(x)
+
+def _routed(x, weights, experts, gate_proj, up_proj, down_proj, *, axis: str | None = None) -> jax.Array:
+    """Every token through its experts; with the mesh axis over which their columns are divided, summed over it."""
+    k = experts.shape[-1]
+    tokens, weights, experts = x.reshape(-1, x.shape[-1]), weights.reshape(-1, k), experts.reshape(-1)
+    order = jnp.argsort(experts)  # stable: pairs (token, expert), those of one expert together
+    sizes = jnp.bincount(experts, length=gate_proj.shape[0]).astype(jnp.int32)
+
+    def grouped(rows: jax.Array, kernels: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, kernels, sizes, precision=precision(rows.dtype))
+
+    rows = tokens[order // k]
+    rows = grouped(jax.nn.silu(grouped(rows, gate_proj)) * grouped(rows, up_proj), down_proj)
+    rows = rows[jnp.argsort(order)].reshape(-1, k, x.shape[-1]).astype(jnp.float32)
+    routed = (rows * weights[:, :, None]).sum(axis=1)  # a fixed order of summation
+    if axis is not None:
+        routed = jax.lax.psum(routed, axis)
+    return routed.astype(x.dtype).reshape(x.shape)
 
 
 class DecoderLayer(nnx.Module):
@@ -321,7 +343,7 @@ class DecoderLayer(nnx.Module):
         if index < c.first_k_dense_replace:
             self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
         else:
-            self.mlp = MoE(c, dtype=dtype, rngs=rngs)
+            self.mlp = MoE(c, dtype=dtype, mesh=attention.get("mesh"), rngs=rngs)
 
     def __call__(self, x: jax.Array, cache: Any, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         y, cache = self.self_attn(self.input_layernorm(x), cache, *args, **kwargs)
@@ -342,6 +364,8 @@ class DeepseekForCausalLM(nnx.Module):
       dtype: of parameters, activations and caches; float32 runs through the reference. Routers and the weights of the
         indexer's heads are float32 always.
       attention, implementation: as of `MLAAttention`.
+      mesh: an `MLAMesh`: its axis of heads divides those of the attention and the columns of every MLP, expert and the
+        head of the model, each where it can be divided; caches as it says. Tokens go through with their sequences.
       rngs: initialises the parameters; `from_pretrained` reads them.
 
     Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; DeepSeek-V3.2, arXiv:2512.02556; GLM-5,
@@ -368,16 +392,19 @@ class DeepseekForCausalLM(nnx.Module):
         dtype: Any = jnp.bfloat16,
         attention: Attention = api.flash_mla_with_kvcache,
         implementation: str | None = None,
+        mesh: MLAMesh | None = None,
         rngs: nnx.Rngs,
     ):
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.dtype = jnp.dtype(dtype)
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        options = {"dtype": dtype, "rngs": rngs, "attention": attention, "implementation": implementation}
+        options = {"attention": attention, "implementation": implementation, "mesh": mesh, "dtype": dtype, "rngs": rngs}
         self.layers = nnx.List([DecoderLayer(config, i, **options) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = linear(config.hidden_size, config.vocab_size, dtype, rngs)
+        if mesh is not None:
+            place(self, mesh)
 
     @classmethod
     def from_pretrained(
@@ -387,17 +414,19 @@ class DeepseekForCausalLM(nnx.Module):
         dtype: Any = jnp.bfloat16,
         attention: Attention = api.flash_mla_with_kvcache,
         implementation: str | None = None,
+        mesh: MLAMesh | None = None,
         progress: bool = True,
     ) -> "DeepseekForCausalLM":
         """Reads a Hugging Face checkpoint: config.json and safetensors, in one file or in shards.
 
-        Tensors go one by one from the file to the default device; the experts of a layer gather on the host first.
+        Tensors go one by one from the file to the default device, or each device's share of them to the devices of the
+        mesh; the experts of a layer gather on the host first.
         float8 weights with a scale per block (V3, R1) are dequantised. Layers for multi-token prediction are skipped.
 
         Args:
           directory: a local directory.
           dtype: what parameters are converted to.
-          attention, implementation: as of the constructor.
+          attention, implementation, mesh: as of the constructor.
           progress: show a bar.
 
         Raises:
@@ -411,13 +440,14 @@ class DeepseekForCausalLM(nnx.Module):
         from .loading import load
 
         options = {"attention": attention, "implementation": implementation}
-        return load(directory, dtype=dtype, progress=progress, **options)
+        return load(directory, dtype=dtype, progress=progress, mesh=mesh, **options)
 
     def init_caches(self, num_pages: int, *, page_size: int = 64, format: str | None = None) -> Caches:
         """One cache of zeros per layer; all use the same block table.
 
         Args:
-          num_pages, page_size: of each cache.
+          num_pages: of each cache; on a mesh, those of all devices.
+          page_size: tokens in a page.
           format: None for rows of the model's dtype; "fp8_v32" only where the attention is sparse.
 
         Returns:
@@ -431,6 +461,7 @@ class DeepseekForCausalLM(nnx.Module):
         options: dict[str, Any] = {} if format is None else {"format": format}
         return tuple(layer.self_attn.init_cache(num_pages, page_size=page_size, **options) for layer in self.layers)
 
+    @on_mesh("x", "k_cache")
     def __call__(
         self,
         tokens: jax.Array,
@@ -462,8 +493,8 @@ class DeepseekForCausalLM(nnx.Module):
         """
         metadata = None  # sparse decode has no plan
         if self.config.index_topk is None:
-            heads = self.config.num_attention_heads
-            metadata = plan(cache_seqlens, tokens.shape[1], heads, batch_invariant=batch_invariant)
+            options = {"batch_invariant": batch_invariant, "mesh": self.mesh, "page_size": caches[0].shape[1]}
+            metadata = plan(cache_seqlens, tokens.shape[1], self.config.num_attention_heads, **options)
         x = self.embed_tokens(tokens)
         new_caches: list[jax.Array | SparseCache] = []
         for layer, cache in zip(self.layers, caches, strict=True):  # unrolled: a scan would copy the caches
@@ -471,6 +502,7 @@ class DeepseekForCausalLM(nnx.Module):
             new_caches.append(cache)
         return self._logits(x if logits_to_keep is None else x[:, -logits_to_keep:]), tuple(new_caches)
 
+    @on_mesh("x")
     def mha(self, tokens: jax.Array) -> jax.Array:
         """Logits `[b, s, vocab_size]` of whole sequences `[b, s]` by plain attention, without a cache. For checking."""
         x = self.embed_tokens(tokens)

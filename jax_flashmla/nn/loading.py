@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from ..sharding import MLAMesh
 from .deepseek import DeepseekConfig, DeepseekForCausalLM
+from .placement import ParamPath, parameter_sharding
 
 # safetensors' own numpy reader knows no float8; the format is a JSON header of offsets, and little-endian data.
 DTYPES: dict[str, Any] = {
@@ -74,9 +77,6 @@ def split_kv_b(weight: np.ndarray, num_heads: int, d_nope: int) -> tuple[np.ndar
     return w_uk, w_uv
 
 
-ParamPath = tuple[Any, ...]  # as nnx.to_flat_state has it: names, and numbers in lists
-
-
 def placed(name: str, weight: np.ndarray, config: DeepseekConfig) -> Iterator[tuple[ParamPath, int | None, np.ndarray]]:
     """Parameters that a tensor of the checkpoint fills: path in the model, expert or None, value."""
     *path, kind = (int(part) if part.isdigit() else part for part in name.removeprefix("model.").split("."))
@@ -107,7 +107,9 @@ def unused(name: str, config: DeepseekConfig) -> bool:
     )
 
 
-def load(directory: str | Path, *, dtype: Any, progress: bool, **options: Any) -> DeepseekForCausalLM:
+def load(
+    directory: str | Path, *, dtype: Any, progress: bool, mesh: MLAMesh | None, **options: Any
+) -> DeepseekForCausalLM:
     """See `DeepseekForCausalLM.from_pretrained`."""
     directory = Path(directory)
     if not (directory / "config.json").exists():
@@ -119,7 +121,7 @@ def load(directory: str | Path, *, dtype: Any, progress: bool, **options: Any) -
     tensors = tensors_in(directory)
 
     # Shapes only: no parameter is initialised, and none exists twice.
-    model = nnx.eval_shape(lambda: DeepseekForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: DeepseekForCausalLM(config, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0), **options))
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     missing = {path: parameter.shape[0] if _stacked(path) else 1 for path, parameter in flat.items()}
     stacks: dict[ParamPath, np.ndarray] = {}
@@ -142,13 +144,13 @@ def load(directory: str | Path, *, dtype: Any, progress: bool, **options: Any) -
                 raise ValueError(f"{name} must give a parameter of shape {shape}, got {value.shape}; see config.json")
             missing[path] -= 1
             if expert is None:
-                flat[path] = wanted.replace(jnp.asarray(np.array(value, wanted.dtype)))
+                flat[path] = wanted.replace(_put(path, value, wanted.dtype, mesh))
                 continue
             # Experts of a layer gather on the host, and leave it when the last one is in.
             stack = stacks.setdefault(path, np.empty(wanted.shape, wanted.dtype))
             stack[expert] = value
             if not missing[path]:
-                flat[path] = wanted.replace(jnp.asarray(stacks.pop(path)))
+                flat[path] = wanted.replace(_put(path, stacks.pop(path), wanted.dtype, mesh))
 
     for words, wrong in (
         ("lacks tensors for", [".".join(map(str, path)) for path, count in missing.items() if count]),
@@ -158,6 +160,14 @@ def load(directory: str | Path, *, dtype: Any, progress: bool, **options: Any) -
             raise ValueError(f"the checkpoint {words} {', '.join(wrong[:5])} ({len(wrong)} in all) in {directory}")
     nnx.update(model, nnx.from_flat_state(flat))
     return model
+
+
+def _put(path: ParamPath, value: np.ndarray, dtype: Any, mesh: MLAMesh | None) -> jax.Array:
+    """Converts and copies what a device needs: only that is read from the disk, on every host of several."""
+    if mesh is None:
+        return jnp.asarray(np.array(value, dtype))
+    sharding = parameter_sharding(path, value.shape, mesh)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index], dtype))
 
 
 def _stacked(path: ParamPath) -> bool:

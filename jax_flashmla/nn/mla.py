@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .. import api
+from .. import api, kvcache
+from ..kvcache import paged
+from ..sharding import MLAMesh
+from .placement import on_mesh, place
 
 D_LATENT = 512  # what the op's kernels and reference are made for
 LATENT_NORM_EPS = 1e-6  # of the two norms inside the attention, whatever rms_norm_eps the model has
@@ -141,7 +144,13 @@ def chunk_lengths(cache_seqlens: jax.Array, s: int) -> jax.Array:
 
 
 def plan(
-    cache_seqlens: jax.Array, s: int, num_heads: int, *, batch_invariant: bool = False
+    cache_seqlens: jax.Array,
+    s: int,
+    num_heads: int,
+    *,
+    batch_invariant: bool = False,
+    mesh: MLAMesh | None = None,
+    page_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """`get_mla_metadata` for a step of s new tokens per sequence, to be shared by all layers.
 
@@ -150,12 +159,18 @@ def plan(
       s: new tokens per sequence; static.
       num_heads: query heads; static.
       batch_invariant: static; as of `get_mla_metadata`.
+      mesh: that of the layers.
+      page_size: of the caches; only a mesh with a context axis needs it.
 
     Returns:
       `tile_scheduler_metadata` and `num_splits`; chunks of a long prompt count as sequences.
     """
-    lengths, rows = chunk_lengths(cache_seqlens, s), chunks_of(s)[1] * num_heads
-    return api.get_mla_metadata(lengths, rows, 1, batch_invariant=batch_invariant)
+    lengths, (_, width) = chunk_lengths(cache_seqlens, s), chunks_of(s)
+    rows = width * num_heads
+    if mesh is None:
+        return api.get_mla_metadata(lengths, rows, 1, batch_invariant=batch_invariant)
+    options = {"batch_invariant": batch_invariant, "s_q": width, "page_size": page_size}
+    return mesh.get_mla_metadata(lengths, rows, 1, **options)
 
 
 def write_rows(cache: jax.Array, rows: jax.Array, block_table: jax.Array, positions: jax.Array) -> jax.Array:
@@ -163,12 +178,10 @@ def write_rows(cache: jax.Array, rows: jax.Array, block_table: jax.Array, positi
 
     In place where the cache is donated to the jitted step.
     """
-    num_pages, page_size = cache.shape[:2]
-    column = positions // page_size
-    page = jnp.take_along_axis(block_table, jnp.clip(column, 0, block_table.shape[1] - 1), axis=1)
-    known = (positions >= 0) & (column < block_table.shape[1]) & (page >= 0)
-    page = jnp.where(known, page, num_pages)  # out of bounds, so dropped; -1 would be the last page
-    return cache.at[page, positions % page_size, 0].set(rows, mode="drop")
+    b, s = positions.shape
+    sequences = jnp.repeat(jnp.arange(b, dtype=jnp.int32), s)
+    slots = kvcache.slot_mapping(positions.reshape(-1), sequences, block_table, page_size=cache.shape[1])
+    return paged.write_rows(cache, rows.reshape(b * s, -1), slots)
 
 
 class MLAAttention(nnx.Module):
@@ -188,10 +201,12 @@ class MLAAttention(nnx.Module):
       dtype: of parameters and activations: bfloat16 or float16, or float32, which runs through the reference.
       attention: what attends; called as `flash_mla_with_kvcache`, which is the default.
       implementation: passed on to `attention`: None, "cuda" or "xla".
+      mesh: an `MLAMesh`: parameters of heads are divided over its axis of heads, the cache as it says; `attention` and
+        the cache write run on every device for its share. None: one device.
       rngs: initialises the parameters.
 
     Raises:
-      ValueError: the op has no rows of this shape.
+      ValueError: the op has no rows of this shape; the heads cannot be divided.
 
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
 
@@ -222,6 +237,7 @@ class MLAAttention(nnx.Module):
         dtype: Any = jnp.bfloat16,
         attention: Attention = api.flash_mla_with_kvcache,
         implementation: str | None = None,
+        mesh: MLAMesh | None = None,
         rngs: nnx.Rngs,
     ):
         if (kv_lora_rank, qk_rope_head_dim) != (D_LATENT, 64):
@@ -229,11 +245,16 @@ class MLAAttention(nnx.Module):
                 "kv_lora_rank and qk_rope_head_dim must be 512 and 64, "
                 f"got {kv_lora_rank} and {qk_rope_head_dim}; the op reads rows of 576"
             )
+        if mesh is not None and num_heads % mesh.size("heads"):
+            raise ValueError(
+                f"num_heads must be divisible by {mesh.size('heads')}, the devices on the mesh's axis {mesh.heads!r}, "
+                f"got {num_heads}; use fewer devices for heads and more for the batch"
+            )
         self.num_heads, self.d_nope, self.d_rope, self.d_v = num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.dtype = jnp.dtype(dtype)
         self.rope = RopeConfig() if rope is None else rope
         self.softmax_scale = (self.d_nope + self.d_rope) ** -0.5 * self.rope.softmax_mscale**2
-        self.attention, self.implementation = attention, implementation
+        self.attention, self.implementation, self.mesh = attention, implementation, mesh
 
         d_q = num_heads * (self.d_nope + self.d_rope)
         if q_lora_rank is None:
@@ -249,11 +270,15 @@ class MLAAttention(nnx.Module):
         self.w_uk = nnx.Param(init(rngs.params(), (num_heads, self.d_nope, D_LATENT), dtype))
         self.w_uv = nnx.Param(init(rngs.params(), (num_heads, self.d_v, D_LATENT), dtype))
         self.o_proj = linear(num_heads * self.d_v, hidden_size, dtype, rngs, use_bias=use_bias)
+        if mesh is not None:
+            place(self, mesh)
 
     def init_cache(self, num_pages: int, *, page_size: int = 64) -> jax.Array:
-        """Zeros of this layer's dtype, `[num_pages, page_size, 1, 576]`."""
-        return jnp.zeros((num_pages, page_size, 1, D_LATENT + self.d_rope), self.dtype)
+        """Zeros of this layer's dtype, `[num_pages, page_size, 1, 576]`; on a mesh, the pages of all devices."""
+        sharding = None if self.mesh is None else self.mesh.sharding("k_cache")
+        return jnp.zeros((num_pages, page_size, 1, D_LATENT + self.d_rope), self.dtype, device=sharding)
 
+    @on_mesh("x", "k_cache")
     def __call__(
         self,
         x: jax.Array,
@@ -270,7 +295,8 @@ class MLAAttention(nnx.Module):
           x: the layer's dtype, `[b, s, hidden_size]`, the last s tokens of each sequence. More than 128 are attended
             to in equal chunks of at most 128, all in one call of the op.
           cache: the layer's dtype, `[P, page_size, 1, 576]`; donate it to the jitted step, and it is updated in place.
-          block_table: int32 `[b, max_pages]`, the pages of each sequence, those of the new tokens included.
+          block_table: int32 `[b, max_pages]`, the pages of each sequence, those of the new tokens included; on a mesh,
+            as `MLAMesh` says.
           cache_seqlens: int32 `[b]`, tokens per sequence, the new ones included. Their positions end there.
           num_new: int32 `[b]`, how many of the s tokens are real when the batch is ragged: the last ones. The others
             write nothing, and what they return means nothing. None: all of them.
@@ -283,12 +309,18 @@ class MLAAttention(nnx.Module):
         positions = token_positions(cache_seqlens, s)
         q = self._absorbed(*self._queries(self._compressed(x), positions))
         # A table shared by sequences is the caller's business: rows are written where it says.
-        cache = write_rows(cache, self._rows(x, positions), block_table, write_positions(positions, num_new))
+        rows, attention = self._rows(x, positions), self.attention
+        slots = write_positions(positions, num_new)
+        if self.mesh is None:
+            cache = write_rows(cache, rows, block_table, slots)
+        else:
+            cache = self.mesh.append_kv_cache(cache, rows[..., :D_LATENT], rows[..., D_LATENT:], block_table, slots)
+            attention = self.mesh.shard(attention)
 
         # A long prompt is a batch of chunks: each ends at its own length, and all rows are already in the cache.
         count, width = chunks_of(s)
         q = jnp.pad(q, ((0, 0), (count * width - s, 0), (0, 0), (0, 0))).reshape(b * count, width, *q.shape[2:])
-        out, _ = self.attention(
+        out, _ = attention(
             q,
             cache,
             jnp.repeat(block_table, count, axis=0),
@@ -302,6 +334,7 @@ class MLAAttention(nnx.Module):
         out = out.reshape(b, count * width, self.num_heads, D_LATENT)[:, count * width - s :]
         return self._output(self._unabsorbed(out)), cache
 
+    @on_mesh("x")
     def mha(self, x: jax.Array) -> jax.Array:
         """The same without cache and absorption, for checking: whole sequences `[b, s, hidden_size]`, O(s^2)."""
         s = x.shape[1]
