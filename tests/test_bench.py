@@ -530,7 +530,15 @@ def test_the_whole_path(run, tmp_path):
     assert code == 0 and out == "" and again.exists()
 
 
-@pytest.mark.parametrize("op, name", [("end_to_end", "1,1,2,64"), ("schedule", "32")])
+OTHER_OPS = [
+    ("end_to_end", "1,1,2,64"),
+    ("schedule", "32"),
+    ("sharding", "heads,2,2,1,4,64"),
+    ("sharding", "context,2,2,1,2,300"),
+]
+
+
+@pytest.mark.parametrize("op, name", OTHER_OPS)
 def test_other_ops(run, tmp_path, op, name):
     pytest.importorskip("tqdm")
     path = tmp_path / "rows.jsonl"
@@ -540,8 +548,20 @@ def test_other_ops(run, tmp_path, op, name):
     assert row["op"] == op and row["case"] == name and np.isfinite(row["us"])
     if op == "end_to_end":
         assert (row["layers"], row["caches"]) == (3, 3) and list(row["peers"]) == ["kernel"]
+    elif op == "sharding":  # and the single device computed the same
+        assert row["role"] in name and list(row["peers"]) == ["one GPU"] and row["devices"] == 2
     else:
         assert row["ceilings"] is None and row["tflops"] is None and row["b"] == 32
+
+
+def test_more_devices_than_there_are(run):
+    pytest.importorskip("tqdm")
+    code, out, err = run("sharding", "--implementation", "xla", "--cases", "heads,16,1,1,16,64")
+    assert code == 0 and "| heads,16" not in out
+    assert f"heads,16,1,1,16,64 is left out: it needs 16 devices, and JAX sees {len(jax.devices())}" in err
+    for wrong in ("heads,3,1,1,4,64", "rows,2,1,1,4,64", "heads,0,1,1,4,64", "heads,2", "context,2,1,1"):
+        with pytest.raises(ValueError, match="got"):
+            bench.OPS["sharding"].check(wrong)
 
 
 def test_no_hopper_gpu_is_one_sentence(run, monkeypatch):
