@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 
 import jax_flashmla
-from jax_flashmla import kvcache
+from jax_flashmla import kvcache, sharding
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example|Source):\s*(.*)$")
@@ -127,34 +127,36 @@ def page() -> str:
             if members := methods(value):
                 parts.append("**Methods and properties**\n")
                 parts.append("\n".join(f"- `{text}`: {doc}" for text, doc in members) + "\n")
-    return "\n".join(parts)
+    for name in sharding.__all__:
+        parts += in_full(f"sharding.{name}", getattr(sharding, name))
+    return "\n".join(parts).replace("jax._src.mesh.", "jax.sharding.")  # the public name
+
+
+def in_full(name: str, value: object) -> list[str]:
+    """A function, or a class with its constructor and its documented public methods."""
+    if not inspect.isclass(value):
+        return [section(name, value)]
+    if issubclass(value, tuple):  # a NamedTuple: its __init__ is that of every object
+        heading = signature(value, name)
+    else:
+        heading = signature(value.__init__, name, method=True).replace(") -> None", ")")
+    parts = [f"## `{name}`\n\n```python\n{heading}\n```\n\n{markdown(inspect.getdoc(value) or '')}"]
+    for key, member in vars(value).items():
+        if key == "__init__" or (key.startswith("_") and key != "__call__"):
+            continue
+        function = member.__func__ if isinstance(member, classmethod) else member
+        if inspect.isfunction(function) and (doc := inspect.getdoc(function)):
+            call = signature(function, key, method=True)
+            parts.append(f"### `{name}.{key}`\n\n```python\n{call}\n```\n\n{markdown(doc)}")
+    return parts
 
 
 def nn_page() -> str:
-    """Classes with their constructors and their documented public methods."""
     from jax_flashmla import nn
 
     parts = [NN_HEAD]
     for name in nn.__all__:
-        value = getattr(nn, name)
-        if not inspect.isclass(value):
-            parts.append(
-                f"## `{name}`\n\n```python\n{signature(value)}\n```\n\n{markdown(inspect.getdoc(value) or '')}"
-            )
-            continue
-        if issubclass(value, tuple):  # a NamedTuple: its __init__ is that of every object
-            heading = signature(value, name)
-        else:
-            heading = signature(value.__init__, name, method=True).replace(") -> None", ")")
-        parts.append(f"## `{name}`\n\n```python\n{heading}\n```\n\n{markdown(inspect.getdoc(value) or '')}")
-        for key, member in vars(value).items():
-            if key == "__init__" or (key.startswith("_") and key != "__call__"):
-                continue
-            bound = isinstance(member, classmethod)
-            function = member.__func__ if bound else member
-            if inspect.isfunction(function) and (doc := inspect.getdoc(function)):
-                call = signature(function, key, method=True)
-                parts.append(f"### `{name}.{key}`\n\n```python\n{call}\n```\n\n{markdown(doc)}")
+        parts += in_full(name, getattr(nn, name))
     text = re.sub(r"<function (\w+) at 0x\w+>", r"\1", "\n".join(parts))  # defaults by name
     return re.sub(r"<class (?:[\w.]*\.)?(\w+)>", r"\1", text)
 
