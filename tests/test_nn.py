@@ -531,6 +531,19 @@ def test_experts_are_divided(load):
     assert np.abs(jax.device_get(mha(model, TOKENS)) - expected).max() < TOLERANCE
 
 
+def test_a_step_without_tokens_is_refused(load):
+    layer = MLAAttention(32, 2, q_lora_rank=None, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model = load("v2_lite")
+    for b, s in ((0, 1), (1, 0)):
+        table, lengths = jnp.zeros((b, 1), jnp.int32), jnp.zeros(b, jnp.int32)
+        with pytest.raises(ValueError, match=r"x must be \[b, s, hidden_size\] and not empty, got shape"):
+            layer(jnp.ones((b, s, 32)), layer.init_cache(1), table, lengths)
+        with pytest.raises(ValueError, match=r"tokens must be \[b, s\] and not empty, got shape"):
+            model(jnp.ones((b, s), jnp.int32), model.init_caches(1), table, lengths)
+    with pytest.raises(ValueError, match="s must be at least 1, got 0"):
+        plan(jnp.ones(1, jnp.int32), 0, 2)
+
+
 def test_heads_that_cannot_be_divided_are_refused():
     with pytest.raises(ValueError, match=r"num_heads must be divisible by 2, the devices on .*, got 3; use fewer"):
         MLAAttention(32, 3, q_lora_rank=None, mesh=mesh_of(AxisType.Auto, {"heads": 2}), rngs=nnx.Rngs(0))

@@ -29,6 +29,7 @@ from jax_flashmla.nn import (  # noqa: E402
     mla,
     sparse,
 )
+from jax_flashmla.sharding import MLAMesh  # noqa: E402
 
 EXPECTED = np.load(Path(__file__).parent / "nn_logits_v32.npz")
 CONFIGS = nn_checkpoints.SPARSE_CONFIGS
@@ -552,6 +553,9 @@ def test_wrong_arguments_are_refused(layer):
     rngs = nnx.Rngs(0)
     with pytest.raises(ValueError, match="q_lora_rank must be an int, got None"):
         SparseMLAAttention(32, 3, q_lora_rank=None, rngs=rngs)
+    mesh = MLAMesh(jax.make_mesh((1,), ("model",), devices=jax.devices("cpu")[:1]), heads="model")
+    with pytest.raises(NotImplementedError, match="mesh must be None for sparse attention"):
+        SparseMLAAttention(32, 3, q_lora_rank=24, mesh=mesh, rngs=rngs)
     with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
         DSAIndexer(32, 24, topk=0, rngs=rngs)
     with pytest.raises(ValueError, match="head_dim must be at least 64, got 32"):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from .. import api
 from ..sharding import MLAMesh
-from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, linear, plan, precision
+from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, linear, not_empty, plan, precision
 from .placement import on_mesh, parameter_sharding, place
 from .sparse import SparseCache, SparseMLAAttention
 
@@ -366,6 +366,7 @@ class DeepseekForCausalLM(nnx.Module):
       attention, implementation: as of `MLAAttention`.
       mesh: an `MLAMesh`: its axis of heads divides those of the attention and the columns of every MLP, expert and the
         head of the model, each where it can be divided; caches as it says. Tokens go through with their sequences.
+        Sparse attention takes None only.
       rngs: initialises the parameters; `from_pretrained` reads them.
 
     Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; DeepSeek-V3.2, arXiv:2512.02556; GLM-5,
@@ -489,12 +490,19 @@ class DeepseekForCausalLM(nnx.Module):
           logits, float32 `[b, s, vocab_size]`, and the caches.
 
         Raises:
-          TypeError, ValueError: from `flash_mla_with_kvcache`, about table, lengths and cache.
+          TypeError, ValueError: tokens are empty; or from `flash_mla_with_kvcache`, about table, lengths and cache.
         """
+        not_empty("tokens", tokens, "b, s")
         metadata = None  # sparse decode has no plan
         if self.config.index_topk is None:
-            options = {"batch_invariant": batch_invariant, "mesh": self.mesh, "page_size": caches[0].shape[1]}
-            metadata = plan(cache_seqlens, tokens.shape[1], self.config.num_attention_heads, **options)
+            metadata = plan(
+                cache_seqlens,
+                tokens.shape[1],
+                self.config.num_attention_heads,
+                batch_invariant=batch_invariant,
+                mesh=self.mesh,
+                page_size=jax.tree.leaves(caches)[0].shape[1],
+            )
         x = self.embed_tokens(tokens)
         new_caches: list[jax.Array | SparseCache] = []
         for layer, cache in zip(self.layers, caches, strict=True):  # unrolled: a scan would copy the caches

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .. import api, kvcache
+from .. import api, checks, kvcache
 from ..kvcache import paged
 from ..sharding import MLAMesh
 from .placement import on_mesh, place
@@ -130,6 +130,12 @@ def write_positions(positions: jax.Array, num_new: jax.Array | None) -> jax.Arra
     return jnp.where(jnp.arange(s, dtype=jnp.int32) >= s - num_new[:, None], positions, -1)
 
 
+def not_empty(name: str, value: jax.Array, axes: str) -> None:
+    """A step needs a token of a sequence: the op has no batch, and no chunk, of nothing."""
+    if value.ndim != len(axes.split(",")) or 0 in value.shape:
+        raise ValueError(f"{name} must be [{axes}] and not empty, got shape {value.shape}; skip a step without tokens")
+
+
 def chunks_of(s: int) -> tuple[int, int]:
     """Number and width of the equal chunks that s query tokens make; what is missing is padded in front."""
     count = -(-s // MAX_CHUNK)
@@ -164,13 +170,16 @@ def plan(
 
     Returns:
       `tile_scheduler_metadata` and `num_splits`; chunks of a long prompt count as sequences.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong type or value.
     """
+    s = checks.integer("s", s, minimum=1)
     lengths, (_, width) = chunk_lengths(cache_seqlens, s), chunks_of(s)
     rows = width * num_heads
     if mesh is None:
         return api.get_mla_metadata(lengths, rows, 1, batch_invariant=batch_invariant)
-    options = {"batch_invariant": batch_invariant, "s_q": width, "page_size": page_size}
-    return mesh.get_mla_metadata(lengths, rows, 1, **options)
+    return mesh.get_mla_metadata(lengths, rows, 1, batch_invariant=batch_invariant, s_q=width, page_size=page_size)
 
 
 def write_rows(cache: jax.Array, rows: jax.Array, block_table: jax.Array, positions: jax.Array) -> jax.Array:
@@ -304,7 +313,11 @@ class MLAAttention(nnx.Module):
 
         Returns:
           y `[b, s, hidden_size]` and the cache.
+
+        Raises:
+          TypeError, ValueError: x is empty; or from `attention`, about table, lengths and cache.
         """
+        not_empty("x", x, "b, s, hidden_size")
         b, s, _ = x.shape
         positions = token_positions(cache_seqlens, s)
         q = self._absorbed(*self._queries(self._compressed(x), positions))

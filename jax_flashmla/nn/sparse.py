@@ -19,6 +19,7 @@ from .mla import (
     RopeConfig,
     chunks_of,
     linear,
+    not_empty,
     precision,
     token_positions,
     write_positions,
@@ -224,8 +225,7 @@ class DSAIndexer(nnx.Module):
         self, x: jax.Array, compressed: jax.Array, cache: jax.Array, block_table: jax.Array, cache_seqlens: jax.Array
     ) -> None:
         """The widths of x and compressed are left to the projections."""
-        if x.ndim != 3 or 0 in x.shape:
-            raise ValueError(f"x must be [b, s, hidden_size] and not empty, got shape {x.shape}; reshape it")
+        not_empty("x", x, "b, s, hidden_size")
         b, s, _ = x.shape
         remedy = "give one row per token of x"
         checks.shape("compressed", compressed, (b, s, compressed.shape[-1]), axes="b, s, q_lora_rank", remedy=remedy)
@@ -285,10 +285,11 @@ class SparseMLAAttention(MLAAttention):
       q_lora_rank: width of the compressed query, which the indexer reads too; not None.
       index_topk, index_n_heads, index_head_dim: `topk`, `num_heads` and `head_dim` of the indexer.
       index_rope_interleave: its `interleave`.
-      options: the other arguments of `MLAAttention`.
+      options: the other arguments of `MLAAttention`, but for a mesh.
 
     Raises:
       TypeError, ValueError: a width that the op or the indexer does not have, or no compressed query.
+      NotImplementedError: a mesh.
 
     Source: DeepSeek-V3.2, arXiv:2512.02556, section 2.1.
 
@@ -322,6 +323,10 @@ class SparseMLAAttention(MLAAttention):
     ):
         if q_lora_rank is None:
             raise ValueError("q_lora_rank must be an int, got None; the indexer reads the compressed query")
+        if options.get("mesh") is not None:
+            raise NotImplementedError(
+                "mesh must be None for sparse attention in this version; run each copy of the model on one device"
+            )
         super().__init__(hidden_size, num_heads, q_lora_rank=q_lora_rank, rope=rope, dtype=dtype, rngs=rngs, **options)
         self.indexer = DSAIndexer(
             hidden_size,
@@ -361,7 +366,7 @@ class SparseMLAAttention(MLAAttention):
             raise ValueError("format must be None for a float16 layer, got 'fp8_v32'; make the layer in bfloat16")
         return SparseCache(kvcache.init_kv_cache(num_pages, format, page_size=page_size), index_keys)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         x: jax.Array,
         cache: SparseCache,
