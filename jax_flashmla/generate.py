@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from .__main__ import leave_source_tree
-from .kvcache import num_pages_that_fit
+from .kvcache import FORMATS, num_pages_that_fit
 
 if TYPE_CHECKING:
     from .nn import DeepseekForCausalLM, Engine, Request
@@ -156,8 +157,9 @@ def make_engine(model: DeepseekForCausalLM, prompts: list[list[int]], args: argp
         # One more for each: the engine admits a request when all that run have a page in reserve.
         num_pages = sum(-(-n // args.page_size) + 1 for n in rows[: args.batch])
         try:
-            fit = num_pages_that_fit("bf16", len(model.layers), page_size=args.page_size)
-            num_pages = max(min(num_pages, fit * 2 // model.dtype.itemsize), 1)
+            fit = num_pages_that_fit("bf16", 1, page_size=args.page_size) * FORMATS["bf16"].page_bytes(args.page_size)
+            page = jax.tree.leaves(jax.eval_shape(lambda: model.init_caches(1, page_size=args.page_size)))
+            num_pages = max(min(num_pages, fit // sum(pool.size * pool.dtype.itemsize for pool in page)), 1)
         except RuntimeError:
             pass  # the device does not tell how much memory it has
     # Few shapes: this is a short run, and each is a program to compile.
@@ -197,7 +199,7 @@ def show(engine: Engine, requests: list[Request], text: Text) -> None:
 
 def summary(engine: Engine) -> Iterator[str]:
     stats = engine.stats
-    device = next(iter(engine.caches[0].devices()))
+    device = next(iter(jax.tree.leaves(engine.caches)[0].devices()))
     yield f"{device.device_kind} ({device.platform})"
     yield f"prefill {stats.prefill_tokens} tokens, {stats.prefill_tokens_per_second:.1f} tokens/s"
     yield f"decode {stats.decode_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s"

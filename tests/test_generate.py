@@ -146,6 +146,28 @@ def test_errors(checkpoint, tmp_path, monkeypatch, capsys, options, message):
     assert out == "" and err.splitlines()[-1].startswith("error: ") and message in err
 
 
+def test_sparse_attention(tmp_path, monkeypatch, capsys):
+    """Two pools per layer, of 576 and 128 numbers a token, and both count where the device has little room."""
+    config = nn_checkpoints.SPARSE_CONFIGS["v32_mscales"]  # one layer
+    directory = nn_checkpoints.save(tmp_path / "v32", config, nn_checkpoints.weights(config))
+    prompt = [i % 7 for i in range(40)]  # 45 rows in the end: 3 pages of 16, and one in reserve
+    file = tmp_path / "prompts.txt"
+    file.write_text(" ".join(map(str, prompt)))
+    room = 3 * 16 * (576 + 128) * 4
+    monkeypatch.setattr(generate, "num_pages_that_fit", lambda *_, page_size: -(-room // (page_size * 576 * 2)))
+    engines, summary = [], generate.summary
+    monkeypatch.setattr(generate, "summary", lambda engine: engines.append(engine) or summary(engine))
+    assert generate.main(["--model", str(directory), "--tokens", str(file), *SHORT]) == 0
+    out, err = capsys.readouterr()
+    assert engines[0].pages.num_pages == 3 and "cpu" in err
+
+    model = DeepseekForCausalLM.from_pretrained(directory, dtype=jnp.float32, progress=False)
+    text = jnp.array([prompt + numbers(out)])
+    logits = np.asarray(model.mha(text))[0, len(prompt) - 1 : -1]
+    chosen = np.take_along_axis(logits, np.array(numbers(out))[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)  # near ties may go either way in float32
+
+
 def test_no_checkpoint_in_the_directory(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("1 2 3")
     assert generate.main(["--model", str(tmp_path), "--tokens", str(tmp_path / "prompts.txt")]) == 2
