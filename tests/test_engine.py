@@ -20,6 +20,7 @@ nnx = pytest.importorskip("flax.nnx")
 
 from jax_flashmla import flash_mla_with_kvcache  # noqa: E402
 from jax_flashmla.nn import DeepseekConfig, DeepseekForCausalLM, Engine, engine, sample, sampling  # noqa: E402
+from jax_flashmla.sharding import MLAMesh  # noqa: E402
 
 VOCAB, PAGE = 61, 16
 CONFIG = dataclasses.replace(
@@ -49,6 +50,13 @@ attention.traces = 0
 @functools.cache
 def model():
     return DeepseekForCausalLM(CONFIG, dtype=jnp.float32, attention=attention, rngs=nnx.Rngs(3))
+
+
+@functools.cache
+def sparse_model():
+    """Two pools per layer. Four tokens are picked, of up to 80."""
+    config = dataclasses.replace(CONFIG, q_lora_rank=24, index_topk=4, index_n_heads=4, num_hidden_layers=1)
+    return DeepseekForCausalLM(config, dtype=jnp.float32, rngs=nnx.Rngs(3))
 
 
 def hash_of_bits(logits, seeds, positions, temperature, top_p):
@@ -93,7 +101,7 @@ def drive(e, *, limit=2000):
     raise AssertionError(f"{len(e.running)} running and {len(e.waiting)} waiting after {limit} steps")
 
 
-def alone(prompt, max_new_tokens):
+def alone(prompt, max_new_tokens, model=model):
     """The same request with nobody beside it."""
     e = Engine(model(), num_pages=7, batch_invariant=True, **SMALL)
     request = e.submit(prompt, max_new_tokens=max_new_tokens)
@@ -221,6 +229,18 @@ def test_a_prefix_is_shared_by_page(probed, common):
     assert apart.stats.shared_tokens == 0 and requests[0].tokens == requests[1].tokens == second.tokens
 
 
+def test_sparse_attention(probed):
+    """Pages are shared, copied and taken away, those of the indexer with them; bits are those of one by one."""
+    e = Engine(sparse_model(), num_pages=7, batch_invariant=True, **SMALL)
+    text = [i % 7 for i in range(PAGE + 5)]  # ends inside a page
+    prompts = [[*text, 50, 51], [*text, 40], [3]]
+    requests = [e.submit(prompt, max_new_tokens=n) for prompt, n in zip(prompts, (50, 40, 38))]
+    drive(e)
+    assert requests[1].shared_tokens == len(text) and e.stats.preemptions
+    expected = [alone(r.prompt, r.max_new_tokens, sparse_model) for r in requests]
+    assert [request.tokens for request in requests] == expected
+
+
 def test_cancellation(probed):
     e = Engine(model(), num_pages=7, batch_invariant=True, **SMALL)
     requests = [e.submit([i, i + 1], max_new_tokens=10) for i in range(5)]  # three places
@@ -275,14 +295,20 @@ def test_tokens_are_those_of_the_model_without_an_engine():
     requests = [e.submit(prompt, max_new_tokens=25) for prompt in prompts]
     drive(e)
     assert e.stats.preemptions and e.stats.shared_tokens
-    mha = jax.jit(lambda tokens: model().mha(tokens))
     for request, prompt in zip(requests, prompts, strict=True):
-        tokens = np.zeros((1, 80), np.int32)
-        tokens[0, : len(prompt) + 25] = prompt + request.tokens
-        logits = np.asarray(mha(tokens))[0, len(prompt) - 1 :][:25]
-        # Near ties may go either way in float32; the chosen one is never further from the top than rounding.
-        chosen = np.take_along_axis(logits, np.array(request.tokens)[:, None], axis=1)[:, 0]
-        np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)
+        check_likeliest(prompt, request.tokens)
+
+
+mha = jax.jit(lambda tokens: model().mha(tokens))
+
+
+def check_likeliest(prompt, generated):
+    tokens = np.zeros((1, 80), np.int32)
+    tokens[0, : len(prompt) + len(generated)] = prompt + generated
+    logits = np.asarray(mha(tokens))[0, len(prompt) - 1 :][: len(generated)]
+    # Near ties may go either way in float32; the chosen one is never further from the top than rounding.
+    chosen = np.take_along_axis(logits, np.array(generated)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)
 
 
 def test_the_end_of_a_request():
@@ -376,6 +402,26 @@ def test_errors_of_submit(options, message):
         e.submit(**{"prompt": [1], **options})
     drive(e)  # the others go on
     assert len(running.tokens) == 3
+
+
+def test_a_mesh_with_pools_of_its_devices_is_refused():
+    mesh = MLAMesh(jax.make_mesh((2,), ("data",), devices=jax.devices("cpu")[:2]), batch="data")
+    m = nnx.eval_shape(lambda: DeepseekForCausalLM(CONFIG, dtype=jnp.float32, mesh=mesh, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="model must have one pool of pages, got a mesh of 2 pools"):
+        Engine(m, num_pages=8, **SMALL)
+
+
+def test_heads_on_a_mesh():
+    """The tokens of one device, but for near ties."""
+    mesh = MLAMesh(jax.make_mesh((2,), ("model",), devices=jax.devices("cpu")[:2]), heads="model")
+    m = DeepseekForCausalLM(CONFIG, dtype=jnp.float32, mesh=mesh, rngs=nnx.Rngs(3))
+    e = Engine(m, num_pages=7, batch_invariant=True, **SMALL)
+    text = list(range(20))
+    requests = [e.submit([*text, i], max_new_tokens=20) for i in range(4)]
+    drive(e)
+    assert e.stats.shared_tokens and len(e.caches[0].sharding.device_set) == 2
+    for i, request in enumerate(requests):
+        check_likeliest([*text, i], request.tokens)
 
 
 def test_a_request_larger_than_the_pool_is_refused():

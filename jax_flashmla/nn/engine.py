@@ -128,7 +128,8 @@ class Engine:
     A prompt that begins like that of a running request, for a page or more, shares its pages.
 
     Args:
-      model: a `DeepseekForCausalLM`. Its parameters are read here, once.
+      model: a `DeepseekForCausalLM`, on one device, or on a mesh whose axes divide heads and nothing else: sequences
+        share one pool of pages. Its parameters are read here, once.
       num_pages: pages in the pool, per layer.
       page_size: tokens in a page: 16, 32, 64 (fastest), 128 or 256.
       max_seq_len: the most tokens of a request, prompt and output; None is what the pool holds. It bounds the widths
@@ -138,7 +139,8 @@ class Engine:
         several short prompts go together.
       eos_token_ids: tokens that end a request.
       batch_invariant: the logits of a request do not depend on the others, bit for bit: one shape for all prefill
-        steps and one for all decode steps, the largest of each, and plans with `batch_invariant=True`. Slower.
+        steps and one for all decode steps, the largest of each, and plans with `batch_invariant=True`. Sparse
+        attention has no plans, and its picks look at their own sequence alone. Slower.
       share_prefixes: False recomputes every prompt.
 
     Attributes:
@@ -180,6 +182,11 @@ class Engine:
         batch_invariant: bool = False,
         share_prefixes: bool = True,
     ):
+        if model.mesh is not None and model.mesh.size("pages") > 1:
+            raise ValueError(
+                f"model must have one pool of pages, got a mesh of {model.mesh.size('pages')} pools; divide heads, or "
+                "run an engine per device"
+            )
         self.pages = PageAllocator(num_pages, page_size)
         if page_size not in checks.PAGE_SIZES:
             raise ValueError(f"page_size must be one of {checks.PAGE_SIZES}, got {page_size}; 64 is the fastest")
