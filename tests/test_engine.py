@@ -124,7 +124,7 @@ def workload(seed):
     return plan
 
 
-@settings(max_examples=9, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(num_pages=st.sampled_from([5, 7]), share=st.booleans(), seed=st.integers(0, 2**16))
 def run_workload(num_pages, share, seed):
     e = Engine(model(), num_pages=num_pages, batch_invariant=True, share_prefixes=share, **SMALL)

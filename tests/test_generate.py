@@ -11,10 +11,10 @@ import nn_checkpoints
 import numpy as np
 import pytest
 
-pytest.importorskip("flax.nnx")
+nnx = pytest.importorskip("flax.nnx")
 
-from jax_flashmla import generate
-from jax_flashmla.nn import DeepseekForCausalLM
+from jax_flashmla import generate  # noqa: E402
+from jax_flashmla.nn import DeepseekForCausalLM  # noqa: E402
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
 SHORT = ["--dtype", "float32", "--max-new-tokens", "6", "--page-size", "16"]
@@ -30,12 +30,12 @@ def checkpoint(tmp_path_factory):
 def likeliest(checkpoint):
     """Six tokens after each prompt, by plain attention over the whole text each time."""
     model = DeepseekForCausalLM.from_pretrained(checkpoint, dtype=jnp.float32, progress=False)
-    texts = [list(prompt) for prompt in PROMPTS]
+    mha, texts = nnx.jit(DeepseekForCausalLM.mha), [list(prompt) for prompt in PROMPTS]
     for _ in range(6):
         padded = np.zeros((2, 16), np.int32)
         for i, text in enumerate(texts):
             padded[i, : len(text)] = text
-        logits = np.asarray(model.mha(jnp.asarray(padded)))
+        logits = np.asarray(mha(model, jnp.asarray(padded)))
         for i, text in enumerate(texts):
             text.append(int(logits[i, len(text) - 1].argmax()))
     return [text[len(prompt) :] for text, prompt in zip(texts, PROMPTS, strict=True)]
@@ -163,7 +163,7 @@ def test_sparse_attention(tmp_path, monkeypatch, capsys):
 
     model = DeepseekForCausalLM.from_pretrained(directory, dtype=jnp.float32, progress=False)
     text = jnp.array([prompt + numbers(out)])
-    logits = np.asarray(model.mha(text))[0, len(prompt) - 1 : -1]
+    logits = np.asarray(nnx.jit(DeepseekForCausalLM.mha)(model, text))[0, len(prompt) - 1 : -1]
     chosen = np.take_along_axis(logits, np.array(numbers(out))[:, None], axis=1)[:, 0]
     np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)  # near ties may go either way in float32
 

@@ -473,7 +473,7 @@ def test_model_on_a_mesh(roles, kind, load):
     )
     table = np.repeat(TABLE, 2, axis=1) if "context" in roles else TABLE
     logits, length = [], 0
-    for s in (20, 18, 1, 1):
+    for s in (38, 1, 1):
         tokens, length = TOKENS[:, length : length + s], length + s
         out, caches = jitted_step(model, tokens, caches, table, np.full(B, length, np.int32))
         assert all(c.sharding.is_equivalent_to(mesh.sharding("k_cache"), 4) for c in caches)
