@@ -32,12 +32,11 @@ struct ScheduleParams {
   Stream stream;
 };
 
-enum class Dtype { kBF16, kF16 };
+enum class Dtype { kBF16, kF16, kF32 };
 
-struct DenseDecodeParams {
+// What all decode kernels have, and all that the compute warpgroups and combine see.
+struct DecodeParams {
   const void* q;                       // [b, s_q, h_q, d_qk]
-  const void* k_cache;                 // [num_pages, page_size, h_kv, d_qk]
-  const int* block_table;              // [b, max_pages]
   const int* cache_seqlens;            // [b]
   const Part* metadata;                // [num_parts]
   const int* num_splits;               // [b + 1], exclusive prefix sum of the number of partial results of each sequence
@@ -46,11 +45,67 @@ struct DenseDecodeParams {
   float* partial_out;                  // [slots, h_kv, rows rounded up to 16, d_v], in the order of splitkv/partial.cuh
   float* partial_stats;                // [slots, h_kv, rows, 2], reference maximum (base 2) and sum
   int b, s_q, h_q, h_kv, group, rows;  // group = h_q / h_kv query heads share a KV head; rows = s_q * group; row r is token r / group, head r % group
-  int d_qk, num_pages, page_size, max_pages, max_len;  // max_len = max_pages * page_size, capped to int
+  int d_qk, max_len;                   // lengths are clamped to max_len
   int num_parts, slots;
   float softmax_scale;
   bool causal;
   Dtype dtype;
+  Stream stream;
+};
+
+struct DenseDecodeParams : DecodeParams {
+  const void* k_cache;                  // [num_pages, page_size, h_kv, d_qk]
+  const int* block_table;               // [b, max_pages]
+  int num_pages, page_size, max_pages;  // max_len = max_pages * page_size, capped to int
+};
+
+enum class KVFormat { kPlain, kFp8V32, kFp8V4 };  // plain: rows of the dtype; fp8: jax_flashmla/kvcache/formats.py
+
+// A pool, and which of its slots the query tokens attend to.
+struct SparseSource {
+  const void* cache;       // pages of page_bytes; nullptr: there is no such source
+  const int* indices;      // [b, s_q, topk], slots; others than [0, slots) are skipped
+  const int* topk_length;  // [b], so many of the topk count; nullptr: all
+  int topk, page_size;
+  int64_t slots, page_bytes;
+};
+
+// To what all decode kernels have, a query token is a sequence: b counts query tokens, s_q and h_kv are 1. Its keys are blocks of 64 of the first source, the
+// last one filled up, then those of the second; cache_seqlens counts them so.
+struct SparseDecodeParams : DecodeParams {
+  SparseSource sources[2];
+  const float* attn_sink;  // [h_q], natural logarithm; nullptr: none
+  int tokens;              // per sequence of the caller: out is [b / tokens, tokens, h_q, d_v], lse [b / tokens, h_q, tokens]
+  KVFormat format;
+};
+
+// A pool whose rows are written or read one by one: [num_pages] pages of page_bytes, each page_size tokens.
+struct KVPool {
+  void* data;
+  int64_t page_bytes;
+  int num_pages, page_size;  // num_pages * page_size fits an int
+  int latent;                // channels before the 64 of rope
+  KVFormat format;
+  Dtype dtype;  // of plain rows
+};
+
+struct AppendParams {
+  KVPool pool;
+  const void* latent;  // [tokens, pool.latent]
+  const void* rope;    // [tokens, 64]
+  const int* slots;    // [tokens], page * page_size + offset; others than those of the pool are skipped
+  int tokens;
+  Dtype dtype;  // of latent and rope
+  Stream stream;
+};
+
+// n independent batches. Rows of sequences stand one behind the other; zeros follow, and stand for tokens of pages that the pool does not have.
+struct GatherParams {
+  KVPool pool;
+  const int* block_table;    // [n, b, max_pages]
+  const int* cache_seqlens;  // [n, b]
+  void* out;                 // [n, total, pool.latent + 64], bfloat16 or what plain rows are
+  int n, b, max_pages, total;
   Stream stream;
 };
 

@@ -96,7 +96,8 @@ def flash_mla_with_kvcache(
 
     Dense without `indices`: each sequence attends to its pages in `block_table`. Sparse with `indices`: each query
     token attends to the tokens that its row of `indices` names, in a plain cache or in one of the fp8 formats of
-    `jax_flashmla.kvcache`. Sparse decode has no CUDA kernel in this version and runs through the XLA reference.
+    `jax_flashmla.kvcache`. Sparse decode runs through the XLA reference unless `implementation="cuda"` asks for
+    its kernel.
 
     Args:
       q: bfloat16 or float16 `[b, s_q, h_q, d_qk]` with `d_qk` 576 or 512; float32 runs through the reference. bfloat16
@@ -125,8 +126,9 @@ def flash_mla_with_kvcache(
         None is all of them.
       extra_topk_length: int32 `[b]`, the same for `extra_indices_in_kvcache`.
       descale_q, descale_k: FlashMLA's arguments for dense fp8 caches, not in this version.
-      implementation: None takes the CUDA kernel where there is one and the computation is lowered for a Hopper GPU,
-        else the XLA reference; "cuda" insists on the kernel; "xla" forces the reference, which is differentiable.
+      implementation: None takes the CUDA kernel of dense decode where the computation is lowered for a Hopper GPU, else
+        the XLA reference; "cuda" insists on the kernel, dense or sparse; "xla" forces the reference, which is
+        differentiable.
 
     Returns:
       `out`, q's dtype, `[b, s_q, h_q, 512]`, and `softmax_lse`, float32 `[b, h_q, s_q]`, the natural logarithm of the
@@ -135,7 +137,7 @@ def flash_mla_with_kvcache(
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or is traced and must be static; the
         message says which, what was expected, and what to do. `vmap` over the `k_cache` of dense decode is a ValueError
-        too, and so is `implementation="cuda"` with `indices`, for which there is no kernel.
+        too, and so is one over that of sparse decode with `implementation="cuda"`.
       NotImplementedError: an argument for sparse decode is used without `indices`, or one that this version does not
         have; or the call is differentiated without `implementation="xla"`.
       RuntimeError: `implementation="cuda"` and there is no Hopper GPU or no CUDA build.

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from . import api, checks
 from .kvcache import arguments
-from .kvcache.paged import slot_mapping, write_rows
+from .kvcache.paged import slot_mapping
+from .kvcache.rows import write_rows
 from .ops.schedule import ROW_TILE
 
 D_LATENT, D_ROPE = 512, 64

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from ._primitive import match_varying
-from .kvcache.paged import num_slots, read
+from .kvcache.formats import page_size_of
+from .kvcache.quantize import pack
+from .kvcache.rows import gather_slots, num_slots, pool_format, read, write
 
 D_V = 512
 
@@ -271,3 +273,15 @@ def _plan_invariant(blocks, parts):
     rows = [jnp.where(split < splits, u, v).reshape(parts) for u, v in zip(used, unused, strict=True)]
     splits = splits[:, 0]
     return jnp.stack(rows, axis=1), jnp.where(splits > 1, splits, 0)
+
+
+def append(cache, latent, rope, slots):
+    fmt = pool_format(cache)
+    return [write(cache, pack(latent, rope, fmt), slots, fmt)]
+
+
+def gather(cache, block_table, cache_seqlens, *, total):
+    page_size = page_size_of(cache.shape, pool_format(cache).token_bytes)
+    slots = jax.vmap(lambda table, lengths: gather_slots(table, lengths, page_size, total))(block_table, cache_seqlens)
+    exists = (slots >= 0) & (slots < num_slots(cache))
+    return [jnp.where(exists[..., None], read(cache, jnp.where(exists, slots, 0)), 0)]

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from . import api, checks, kvcache
 from .kvcache import arguments
 from .kvcache.formats import page_size_of
-from .kvcache.paged import write_rows
+from .kvcache.rows import write_rows
 
 __all__ = ["MLAMesh", "context_block_table", "context_lengths", "context_positions"]
 

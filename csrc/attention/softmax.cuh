@@ -36,6 +36,16 @@ __device__ __forceinline__ void mask_scores(float (&s)[32], int token0, const in
   }
 }
 
+// Masks tokens whose bit is not set.
+__device__ __forceinline__ void mask_scores(float (&s)[32], uint64_t valid) {
+  valid >>= 2 * (threadIdx.x & 3);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (!(valid >> (8 * i + (e & 1)) & 1)) s[4 * i + e] = -INFINITY;
+}
+
 // Moves the reference of rows that outgrew it to their maximum; factor[r] is what their sum and output must be multiplied by. Uniform over the warp: true when
 // any did. Rows do not look at each other: what a row comes to must not depend on its neighbours.
 __device__ __forceinline__ bool update_reference(const float (&s)[32], float scale_log2, float (&reference)[2], float (&factor)[2]) {

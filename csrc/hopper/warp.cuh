@@ -6,10 +6,11 @@
 namespace jax_flashmla {
 
 // The sum over this lane and those below.
-__device__ __forceinline__ int warp_scan(int value) {
+template <class T>
+__device__ __forceinline__ T warp_scan(T value) {
   const int lane = threadIdx.x & 31;
   for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(~0u, value, d);
+    const T other = __shfl_up_sync(~0u, value, d);
     if (lane >= d) value += other;
   }
   return value;

@@ -1,73 +1,61 @@
-// Dense MLA decode over a paged latent cache, sm_90a.
+// Dense MLA decode over a paged latent cache, sm_90a: the seesaw of seesaw.cuh, its K slots filled by TMA.
 //
-// One CTA owns a tile of 64 packed query rows (token x head) of one KV head and walks the KV blocks of one part of the schedule, sequence after
-// sequence. The 64x512 float32 output is half of an SM's registers, so two warpgroups split it by columns and each computes the scores of its own
-// blocks; probabilities go through shared memory, so that both halves accumulate both blocks ("seesaw"): while one warpgroup is in its softmax the
-// other keeps the tensor cores busy.
-//
-//   warpgroup 0   block 2j:   S0 = Q.K0, P0 = softmax -> smem | O[:, :256] += P0.V0 (registers) | O[:, :256] += P1.V1 (smem)
-//   warpgroup 1   block 2j+1: S1 = Q.K1                       | O[:, 256:] += P0.V0 (smem) | P1 -> smem | O[:, 256:] += P1.V1 (registers)
-//   warpgroup 2   four producer threads, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also load Q.
-//
-// Probabilities are handed over in two halves of 32 tokens, each with its own barrier, so that products start behind half a softmax.
-//
-// Shared memory (232,448 bytes, all there is): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The
-// rope part of Q (a 64x64 tile) lives in registers of both compute warpgroups: it would not fit.
-//
-// Registers: compute 224 (O 128, S 32, P 16, rope 16), producer 56.
-//
-// V is the first 512 columns of K, read M-major out of the same sub-tiles: sub-tiles 0-3 feed warpgroup 0, 4-7 warpgroup 1.
+//   warpgroups 0, 1   compute
+//   warpgroup 2       four producer threads, one per (K slot, output half): each refills its sub-tiles as soon as their readers let go. Also load Q.
 #pragma once
 
-#include <cmath>
-#include <type_traits>
+#include <algorithm>
 
-#include "attention/fragment.cuh"
-#include "attention/softmax.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/launch.cuh"
 #include "hopper/tma.cuh"
-#include "hopper/wgmma.cuh"
 #include "kernels/dense_decode.h"
-#include "kernels/dense_decode_work.cuh"
-#include "splitkv/partial.cuh"
+#include "kernels/seesaw.cuh"
 
 namespace jax_flashmla::dense_decode {
 
-template <class T_, int kDqk>
-struct Traits {
-  using T = T_;
-  static constexpr bool kRope = kDqk > kDv;
-  static constexpr int kSubTiles = kDqk / 64;
-  static constexpr int kHalf = kDv / 2 / 64;  // sub-tiles of an output half
-};
-
-constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
-constexpr int kShortPiece = 32;  // blocks, some 50 us: a last piece behind which combine is launched early
-constexpr int kComputeRegisters = 224, kProducerRegisters = 56;
-enum NamedBarrier { kStart = 1, kProducers, kP0Ready, kP1Ready = kP0Ready + 2, kTurn1 = kP1Ready + 2, kRowSums, kWarpgroup0, kWarpgroup1 };
-
-template <class Tr>
-struct alignas(1024) Storage {
-  using SubTile = typename Tr::T[64 * 64];
-  SubTile k[2][Tr::kSubTiles];
-  SubTile q[2 * Tr::kHalf];
-  SubTile p[2];
-  float reference[2][64];    // the reference maximum each warpgroup's P was taken against
-  float row_sum[2][2][64];   // [parity of the work item][warpgroup]
-  uint32_t valid_groups[2];  // bit g: the page of tokens 16g .. 16g+15 of the block exists
-  Part part;
-  Work work;                // the piece whose Q is in shared memory
-  int row_index[kRowTile];  // Cta::index_of, which divides
-  Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], q_full, q_empty;
-};
-static_assert(sizeof(Storage<Traits<__half, 576>>) <= 232448, "the shared memory of an sm_90 CTA");
+using namespace seesaw;  // NOLINT: this kernel is one of its two halves
 
 // ---- producer threads ---------------------------------------------------------------------------------------------------------------------------
 
+// The pages of a block, one per copy; -1 where there is none: past the length or not in the pool.
+struct Pages {
+  int id[4];
+  uint32_t valid_groups;
+};
+__device__ __forceinline__ Pages load_pages(const DenseDecodeParams& p, const Work& w, int block, int tokens) {
+  Pages pages{{-1, -1, -1, -1}, 0};
+  const int page_bits = __ffs(p.page_size) - 1;  // page sizes are powers of two
+  const int* table = p.block_table + int64_t(w.seq) * p.max_pages;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int token = block * kBlockTokens + c * tokens, column = token >> page_bits;
+    if (c * tokens < kBlockTokens) {
+      // Does not wait for the length: an entry past it holds anything, and is not looked at.
+      const int page = column < p.max_pages ? table[column] : -1;
+      if (token < w.len && static_cast<unsigned>(page) < static_cast<unsigned>(p.num_pages)) pages.id[c] = page;
+      if (pages.id[c] >= 0 || token >= w.len) pages.valid_groups |= ((1u << tokens / 16) - 1) << (c * tokens / 16);
+    }
+  }
+  return pages;
+}
+
+// Columns 64t .. 64t+63 of a block of keys. A page of -1 lies outside of the map: zeros are written, and count as bytes.
+template <class T>
+__device__ __forceinline__ void load_k(const CUtensorMap& k_map, Barrier& full, T* dst, const DenseDecodeParams& p, const Cta& cta, const Pages& pages,
+                                       int block, int tokens, int t) {
+  if (tokens == kBlockTokens) {
+    tma_load(k_map, full, dst, t * 64, cta.kv_head(), block * kBlockTokens & (p.page_size - 1), pages.id[0]);
+  } else {
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      if (c * tokens < kBlockTokens) tma_load(k_map, full, dst + c * tokens * 64, t * 64, cta.kv_head(), 0, pages.id[c]);
+  }
+}
+
 template <class Tr>
 __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensorMap& k_map, const DenseDecodeParams& p, Storage<Tr>& smem, int warp, int lane) {
-  cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+  cutlass::arch::warpgroup_reg_dealloc<Tr::kProducerRegisters>();
   const int slot = warp >> 1, half = warp & 1;
   const bool own = slot == half;                      // the output half of the warpgroup that computes this slot's scores; takes the rope sub-tile too
   const int tokens = min(p.page_size, kBlockTokens);  // a copy stays within a page
@@ -79,7 +67,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   barrier_init_fence();
   Part part;
   const Cta cta{p, part};
-  named_sync(kProducers, kThreads - kComputeThreads);
+  named_sync(kProducersReady, kWarpgroup);
   wait_for_predecessor();
   // The longest chain of loads at the start of a CTA: part, then length and pages, then keys.
   part = load_part(p);
@@ -109,292 +97,15 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
     for (int block = w.begin + slot; block < w.end; block += 2) {
       barrier_wait(smem.k_empty[slot][half], k_phase);
       k_phase ^= 1;
-      if (own) smem.valid_groups[slot] = pages.valid_groups;  // published by the barriers below
+      if (own) smem.valid[slot] = pages.valid_groups;  // published by the barriers below
       auto load = [&](int t) {
         barrier_expect(smem.k_full[slot][t], kSubTileBytes);
-        load_k(k_map, smem.k_full[slot][t], smem.k[slot][t], cta, pages, block, tokens, t);
+        load_k(k_map, smem.k_full[slot][t], smem.k[slot][t], p, cta, pages, block, tokens, t);
       };
 #pragma unroll 1
       for (int t = half * Tr::kHalf; t < (half + 1) * Tr::kHalf; ++t) load(t);
       if (Tr::kRope && own) load(Tr::kSubTiles - 1);
       if (block + 2 < w.end) pages = load_pages(p, w, block + 2, tokens);
-    }
-  }
-}
-
-// ---- compute warpgroups -------------------------------------------------------------------------------------------------------------------------
-
-// S = Q.K of slot kWg, in the order in which the sub-tiles arrive: this warpgroup's own half, rope, the other half.
-template <class Tr, int kWg>
-__device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const uint32_t (&q_rope)[16], uint32_t phase) {
-  using A = Atoms<typename Tr::T>;
-  const uint64_t q = smem_desc(smem.q), k = smem_desc(smem.k[kWg]);
-  pin(s);
-  wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < Tr::kSubTiles; ++i) {
-    const bool rope = Tr::kRope && i == Tr::kHalf;
-    const int j = Tr::kRope && i > Tr::kHalf ? i - 1 : i;
-    const int t = rope ? Tr::kSubTiles - 1 : (j + kWg * Tr::kHalf) % (2 * Tr::kHalf);
-    barrier_wait(smem.k_full[kWg][t], phase);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const uint64_t b = k + t * (kSubTileBytes >> 4) + 2 * step;
-      if (rope)
-        mma<typename A::QkRS>(s, q_rope + 4 * step, b);
-      else
-        mma<typename A::QkSS>(s, q + t * (kSubTileBytes >> 4) + 2 * step, b, i + step > 0);
-    }
-  }
-  wgmma_commit();
-}
-
-// O half kWg (kept, or started from zero) += P.V over tokens 32 kPart .. 32 kPart + 31 of slot `slot`; P in registers or in shared memory.
-template <class Tr, int kWg, int kPart, class P, bool kIdle = kPart == 0>
-__device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<Tr>& smem, int slot, bool keep = true) {
-  using A = Atoms<typename Tr::T>;
-  const uint64_t v = smem_desc(smem.k[slot][kWg * Tr::kHalf], kSubTileBytes);
-  if (kIdle) pin(o);  // no earlier product on o is in flight
-  wgmma_fence();
-#pragma unroll
-  for (int step = 2 * kPart; step < 2 * (kPart + 1); ++step) {
-    if constexpr (std::is_integral_v<P>)
-      mma<typename A::PvSS>(o, p + 2 * step, v + 128 * step, keep || step > 0);
-    else
-      mma<typename A::PvRS>(o, p + 4 * step, v + 128 * step, keep || step > 0);
-  }
-  wgmma_commit();
-}
-
-// Zeros in rows first_row .. 63 of V.
-template <class Tr>
-__device__ __forceinline__ void clear_rows(typename Storage<Tr>::SubTile (&k)[Tr::kSubTiles], int first_row, int thread) {
-  for (int i = thread; i < (64 - first_row) * 8; i += kWarpgroup)
-#pragma unroll
-    for (int t = 0; t < 2 * Tr::kHalf; ++t) reinterpret_cast<uint4*>(k[t])[first_row * 8 + i] = make_uint4(0, 0, 0, 0);
-}
-
-// This thread's share of the rope part of Q: the A operand of the rope product.
-__device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta, int seq, const int (&index)[2], int lane) {
-  const auto* q = static_cast<const uint16_t*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk + kDv;
-  load_fragment(q_rope, index[0] < 0 ? nullptr : q + int64_t(index[0]) * cta.p.d_qk, index[1] < 0 ? nullptr : q + int64_t(index[1]) * cta.p.d_qk, lane);
-}
-
-template <class Tr>
-__device__ __forceinline__ void compute(const DenseDecodeParams& p, Storage<Tr>& smem, int wg, int warp, int lane) {
-  using T = typename Tr::T;
-  cutlass::arch::warpgroup_reg_alloc<kComputeRegisters>();
-  const Cta cta{p, smem.part};
-  if (threadIdx.x < kRowTile) smem.row_index[threadIdx.x] = cta.index_of(threadIdx.x);
-  const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
-  const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])},
-            first_token = cta.token_of(0);
-  wait_for_predecessor();
-  named_sync(kStart, kThreads);  // the part is there
-  // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
-  const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
-  uint32_t k_phase = 0, q_phase = 0;
-  float o[128], s[32], reference[2], sum[2], factor[2];
-  uint32_t probs[16], q_rope[16];
-
-  using Wg0 = std::integral_constant<int, 0>;
-  using Wg1 = std::integral_constant<int, 1>;
-  using First = std::integral_constant<int, 0>;  // of the two parts of a block, 32 tokens each
-  using Second = std::integral_constant<int, 1>;
-
-  auto arrive = [&](Barrier& bar) {
-    __syncwarp();  // an arrival releases the arriving thread's accesses only
-    if (lane == 0) barrier_arrive(bar);
-  };
-  auto rescale = [&] {
-    pin(o);
-    scale_rows(o, factor);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] *= factor[r];
-  };
-
-  if (Tr::kRope && cta.part.begin_seq <= cta.last_seq()) load_rope(q_rope, cta, cta.part.begin_seq, index, lane);
-  for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
-    barrier_wait(smem.q_full, q_phase);
-    q_phase ^= 1;
-    const Work w = smem.work;
-    // Combine takes an SM when it is free, and waits there for the end of this kernel: early, where launching it would show. Never before this kernel's own
-    // wait: combine reads the plan at once.
-    if (seq == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
-    const int limit[2] = {cta.keys_of(w.len, token[0]), cta.keys_of(w.len, token[1])};
-    const int all_see = cta.keys_of(w.len, first_token);  // tokens before this one are seen by every row of the tile
-
-    // Q is no longer needed: lets the producer copy the next sequence's, and fetches the next rope part behind what is left of this piece.
-    auto release_q = [&] {
-      arrive(smem.q_empty);
-      if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index, lane);
-    };
-    auto mask = [&](int block, uint32_t valid_groups) {
-      if ((block + 1) * kBlockTokens > all_see || valid_groups != 0xF) mask_scores(s, block * kBlockTokens, limit, valid_groups);
-    };
-    // What follows is compiled once per warpgroup, so that its barriers have fixed numbers.
-    // Slots past the end of the sequence may hold anything, and 0 x NaN is NaN: clears their rows of V, before either warpgroup multiplies with them.
-    auto clear_tail = [&](auto wg_constant, int block) {
-      constexpr int kWg = decltype(wg_constant)::value;
-      const int tail = w.len - block * kBlockTokens;
-      if (tail >= kBlockTokens) return;
-      named_sync(kWarpgroup0 + kWg, kWarpgroup);  // every warp's scores are through with the keys
-      clear_rows<Tr>(smem.k[kWg], tail, threadIdx.x % kWarpgroup);
-      fence_async_proxy();
-      named_sync(kWarpgroup0 + kWg, kWarpgroup);  // our own product reads every thread's zeros
-    };
-    // Hands half of this warpgroup's probabilities, and with the first half the reference, to the other one. The last ones have been read by then:
-    // warpgroup 1 is through with P0 before it publishes the second half of P1, which warpgroup 0 waits for, and warpgroup 0 with P1 before it publishes
-    // the next P0; between pieces both meet at the row sums.
-    auto publish = [&](auto wg_constant, auto part_constant) {
-      constexpr int kWg = decltype(wg_constant)::value, kPart = decltype(part_constant)::value;
-#pragma unroll
-      for (int k = 2 * kPart; k < 2 * (kPart + 1); ++k) store_fragment(smem.p[kWg], warp, lane, k, probs + 4 * k);
-      if (kPart == 0 && (lane & 3) == 0) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) smem.reference[kWg][tile_row[r]] = reference[r];
-      }
-      fence_async_proxy();
-      named_arrive((kWg == 0 ? kP0Ready : kP1Ready) + kPart, kComputeThreads);
-    };
-    // Follows the reference that the other warpgroup published. Uniform over the warp: true when a row's differs, and then the output needs rescaling.
-    auto adopt_reference = [&](auto wg_constant) -> bool {
-      constexpr int kWg = decltype(wg_constant)::value;
-      float theirs[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) theirs[r] = smem.reference[1 - kWg][tile_row[r]];
-      if (!__any_sync(~0u, theirs[0] != reference[0] || theirs[1] != reference[1])) return false;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) factor[r] = rescale_factor(reference[r], theirs[r]), reference[r] = theirs[r];
-      return true;
-    };
-
-    // A step is block `block` of warpgroup 0 and, when there is one (kPair), block + 1 of warpgroup 1. It is compiled for both cases, because ptxas gives
-    // up on overlapping products across branches. What makes it quick is that the warpgroups stay half a step apart, one in its softmax while the other
-    // multiplies: warpgroup 1's scores wait for warpgroup 0's, its softmax for warpgroup 0's probabilities, and slot 0 is let go of as soon as its last
-    // reader is through, so that it is full again half a step before slot 1.
-    auto step0 = [&](int block, auto pair_constant) {
-      constexpr bool kPair = decltype(pair_constant)::value;
-      scores<Tr, 0>(s, smem, q_rope, k_phase);
-      const uint32_t valid_groups = smem.valid_groups[0];
-      k_phase ^= 1;
-      wgmma_wait<0>();
-      pin(s);
-      if constexpr (kPair) named_arrive(kTurn1, kComputeThreads);
-      if (block + 2 >= w.end) release_q();
-      mask(block, valid_groups);
-      if (update_reference(s, scale_log2, reference, factor)) rescale();
-      clear_tail(Wg0{}, block);
-      probabilities<T, 0>(s, scale_log2, reference, sum, probs);
-      publish(Wg0{}, First{});
-      accumulate<Tr, 0, 0>(o, probs, smem, 0, block > w.begin);
-      probabilities<T, 1>(s, scale_log2, reference, sum, probs);
-      publish(Wg0{}, Second{});
-      accumulate<Tr, 0, 1>(o, probs, smem, 0);
-      wgmma_wait<0>();
-      pin(o);
-      arrive(smem.k_empty[0][0]);
-      if constexpr (kPair) {
-        named_sync(kP1Ready, kComputeThreads);
-        if (adopt_reference(Wg0{})) rescale();
-        accumulate<Tr, 0, 0>(o, smem_desc(smem.p[1]), smem, 1);
-        named_sync(kP1Ready + 1, kComputeThreads);
-        accumulate<Tr, 0, 1>(o, smem_desc(smem.p[1]), smem, 1);
-        wgmma_wait<0>();
-        pin(o);
-        arrive(smem.k_empty[1][0]);
-      }
-    };
-    auto step1 = [&](int block, auto pair_constant) {
-      constexpr bool kPair = decltype(pair_constant)::value;
-      uint32_t valid_groups = 0;
-      if constexpr (kPair) {
-        named_sync(kTurn1, kComputeThreads);
-        scores<Tr, 1>(s, smem, q_rope, k_phase);
-        valid_groups = smem.valid_groups[1];
-        k_phase ^= 1;
-      }
-      named_sync(kP0Ready, kComputeThreads);
-      if (adopt_reference(Wg1{})) {
-        if constexpr (kPair) wgmma_wait<0>();  // without it ptxas puts one here, and complains
-        rescale();
-      }
-      accumulate<Tr, 1, 0>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
-      named_sync(kP0Ready + 1, kComputeThreads);
-      accumulate<Tr, 1, 1>(o, smem_desc(smem.p[0]), smem, 0);
-      if constexpr (kPair) {
-        wgmma_wait<2>();  // the scores; the product goes on behind the softmax
-        pin(s);
-        if (block + 2 >= w.end) release_q();
-        mask(block + 1, valid_groups);
-        if (update_reference(s, scale_log2, reference, factor)) {
-          wgmma_wait<0>();
-          rescale();
-        }
-        clear_tail(Wg1{}, block + 1);
-        probabilities<T, 0>(s, scale_log2, reference, sum, probs);
-        publish(Wg1{}, First{});
-        accumulate<Tr, 1, 0, uint32_t[16], false>(o, probs, smem, 1);
-        wgmma_wait<1>();
-        arrive(smem.k_empty[0][1]);
-        probabilities<T, 1>(s, scale_log2, reference, sum, probs);
-        publish(Wg1{}, Second{});
-        accumulate<Tr, 1, 1>(o, probs, smem, 1);
-        wgmma_wait<0>();
-        pin(o);
-        arrive(smem.k_empty[1][1]);
-      } else {
-        release_q();
-        wgmma_wait<0>();
-        pin(o);
-        arrive(smem.k_empty[0][1]);
-      }
-    };
-    int block = w.begin;
-    if (w.begin >= w.end) {  // no key: the output is zero, and the registers still hold the last piece's
-      release_q();
-#pragma unroll
-      for (int i = 0; i < 128; ++i) o[i] = 0.f;
-    } else if (wg == 0) {
-      for (; block + 1 < w.end; block += 2) step0(block, std::true_type{});
-      if (block < w.end) step0(block, std::false_type{});
-    } else {
-      for (; block + 1 < w.end; block += 2) step1(block, std::true_type{});
-      if (block < w.end) step1(block, std::false_type{});
-    }
-
-    if (seq == cta.last_seq()) let_successor_start();
-    // Both warpgroups hold the same reference; each summed its own blocks.
-    float (&row_sum)[2][64] = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum[r] = quad_sum(sum[r]);
-      if ((lane & 3) == 0) row_sum[wg][tile_row[r]] = sum[r];
-    }
-    named_sync(kRowSums, kComputeThreads);
-    float inverse[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
-      const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
-      inverse[r] = any ? 1.f / total : 0.f;
-      if (index[r] >= 0 && wg == 0 && (lane & 3) == 0) {
-        if (w.slot < 0)
-          p.lse[(int64_t(seq) * p.h_q + index[r] - token[r] * p.h_q) * p.s_q + token[r]] = any ? (reference[r] + log2f(total)) * kLn2 : -INFINITY;
-        else if (w.slot < p.slots)
-          *partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r]) = make_float2(reference[r], total);
-      }
-    }
-    if (w.slot < 0) {  // through P, which is free: both warpgroups are through with their last products
-      T* out = static_cast<T*>(p.out) + cta.first_index(seq) * kDv + wg * (kDv / 2);
-      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return smem.row_index[16 * warp + i]; });
-    } else if (w.slot < p.slots && cta.row0() + 16 * warp < p.rows) {
-      float4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + lane;
-#pragma unroll
-      for (int i = 0; i < kRowFragments / 2; ++i) out[i * kFragmentLanes] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
     }
   }
 }
@@ -412,14 +123,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp >= 8)
     produce<Tr>(q_map, k_map, p, smem, warp - 8, lane);
   else
-    compute<Tr>(p, smem, warp / 4, warp % 4, lane);
+    seesaw::compute<Tr>(p, smem, warp / 4, warp % 4, lane);
 }
 
 template <class T, int kDqk>
 Status launch_dense_decode(const DenseDecodeParams& p) {
-  using Tr = Traits<T, kDqk>;
+  using Tr = Traits<T, kDqk, false>;
   CUtensorMap q_map, k_map;
-  if (Status error = encode_maps<T>(q_map, k_map, p)) return error;
+  if (Status error = encode_q_map<T>(q_map, p)) return error;
+  const int64_t d = p.d_qk;
+  if (Status error = encode_map<T, 4>(k_map, p.k_cache, {cuuint64_t(d), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)},
+                                      {d, p.h_kv * d, int64_t(p.page_size) * p.h_kv * d}, 2, std::min(p.page_size, kBlockTokens)))
+    return error;
   const auto kernel = dense_decode_kernel<Tr>;
   constexpr size_t smem = sizeof(Storage<Tr>);
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return cudaGetErrorString(err);

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention/finish.cuh"
 #include "attention/softmax.cuh"
 #include "hopper/launch.cuh"
 #include "hopper/warp.cuh"
@@ -46,7 +47,7 @@ __host__ __device__ constexpr int jobs_per_group(int splits, bool spread) {
 class Weights {
  public:
   // Asks for m and l.
-  __device__ __forceinline__ Weights(const DenseDecodeParams& p, int first_slot, int splits, int kv_head, int first_row) : splits_(splits) {
+  __device__ __forceinline__ Weights(const DecodeParams& p, int first_slot, int splits, int kv_head, int first_row) : splits_(splits) {
     there_ = first_row + row_ < p.rows;
     step_ = int64_t(p.h_kv) * p.rows;
     next_ = partial_stats(p, first_slot + share_, kv_head, first_row + row_);
@@ -99,9 +100,8 @@ class Weights {
 __device__ __forceinline__ void add(float4& a, const float4& b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
 
 // Job `job` of 16 rows of a sequence.
-template <class T>
-__device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int kv_head, int group, int first_slot, int splits, bool spread, int job,
-                                        Storage& smem) {
+template <class T, class Params>
+__device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, int group, int first_slot, int splits, bool spread, int job, Storage& smem) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
   const int fragments = warp_fragments(splits, spread), sharers = sharers_of(splits), sharer = warp & (sharers - 1);
   const int fragment = (job * kWarps + warp) / sharers * fragments;
@@ -158,21 +158,22 @@ __device__ __forceinline__ void combine(const DenseDecodeParams& p, int seq, int
 #pragma unroll
       for (int i = lane / 4 + 8 * r; i < kThreads; i += kFragmentRows) total += smem.sum[i], top = fmaxf(top, smem.top[i]);
       const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
-      const float inverse = any ? 1.f / total : 0.f;
+      float inverse = any ? 1.f / total : 0.f;
+      if (kSparse<Params> && any) inverse *= sink_factor(p, row[r], top + log2f(total));  // one token, so a row is a head
       auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (int64_t(seq) * p.s_q * p.h_q + index[r]) * kDv + column);
 #pragma unroll
       for (int a = 0; a < 4; ++a)
         if (a < fragments) out[4 * a] = pack<T>((r ? sum[a].z : sum[a].x) * inverse, (r ? sum[a].w : sum[a].y) * inverse);
       if (column == 0) {
         const int token = row[r] / p.group, head = index[r] - token * p.h_q;
-        p.lse[(int64_t(seq) * p.h_q + head) * p.s_q + token] = any ? (top + log2f(total)) * kLn2 : -INFINITY;
+        p.lse[lse_index(p, seq, head, token)] = any ? (top + log2f(total)) * kLn2 : -INFINITY;
       }
     }
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ DenseDecodeParams p, int sequences, bool spread) {
+template <class T, class Params>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ Params p, int sequences, bool spread) {
   extern __shared__ char raw[];
   auto& smem = *reinterpret_cast<Storage*>(raw);
   let_successor_start();
@@ -207,9 +208,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
   wait_for_predecessor();
 }
 
-template <class T>
-cudaError_t launch_combine(const DenseDecodeParams& p) {
-  const auto kernel = combine_kernel<T>;
+template <class T, class Params>
+cudaError_t launch_combine(const Params& p) {
+  const auto kernel = combine_kernel<T, Params>;
   constexpr int smem = std::max<int>(kStorage, sizeof(Storage));
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return err;
   const int sequences = std::min(p.b, p.num_parts - 1);
@@ -223,9 +224,13 @@ cudaError_t launch_combine(const DenseDecodeParams& p) {
 
 }  // namespace
 
-Status run_combine(const DenseDecodeParams& p) {
+template <class Params>
+static Status run(const Params& p) {
   const cudaError_t err = p.dtype == Dtype::kBF16 ? launch_combine<__nv_bfloat16>(p) : launch_combine<__half>(p);
   return err == cudaSuccess ? nullptr : cudaGetErrorString(err);
 }
+
+Status run_combine(const DecodeParams& p) { return run(p); }
+Status run_combine(const SparseDecodeParams& p) { return run(p); }
 
 }  // namespace jax_flashmla

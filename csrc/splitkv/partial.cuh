@@ -14,12 +14,12 @@ namespace jax_flashmla {
 inline constexpr int kFragmentRows = 16, kRowFragments = kDv / 8, kFragmentLanes = 32;
 
 // Of 16 rows of a KV head: `group` counts them.
-__device__ __forceinline__ float4* partial_fragments(const DenseDecodeParams& p, int slot, int kv_head, int group) {
+__device__ __forceinline__ float4* partial_fragments(const DecodeParams& p, int slot, int kv_head, int group) {
   const int64_t groups = (p.rows + kFragmentRows - 1) / kFragmentRows;
   return reinterpret_cast<float4*>(p.partial_out) + ((int64_t(slot) * p.h_kv + kv_head) * groups + group) * (kRowFragments * kFragmentLanes);
 }
 // The reference maximum m (base 2) that a row's output was accumulated against, and its sum l.
-__device__ __forceinline__ float2* partial_stats(const DenseDecodeParams& p, int slot, int kv_head, int row) {
+__device__ __forceinline__ float2* partial_stats(const DecodeParams& p, int slot, int kv_head, int row) {
   return reinterpret_cast<float2*>(p.partial_stats) + (int64_t(slot) * p.h_kv + kv_head) * p.rows + row;
 }
 

@@ -1,17 +1,12 @@
-"""Operations on a paged cache, in jnp: jit-able, and in place where the cache is donated.
-
-XLA on the CPU updates a pool in place only by a scatter into the pool as it is: reshaping the result back to an array
-with h_kv = 1 costs a copy of everything, and so does a change of dtype.
-"""
+"""Operations on a paged cache: jit-able, and in place where the cache is donated."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .. import checks
+from .. import checks, ops
 from . import arguments
-from .formats import FP8_V4, FP8_V32, KVFormat, page_size_of
-from .quantize import pack, unpack
+from .formats import page_size_of
+from .rows import as_bytes, as_pool, token_slots
 
 
 def init_kv_cache(
@@ -89,7 +84,7 @@ def slot_mapping(positions: jax.Array, sequence_ids: jax.Array, block_table: jax
     arguments.block_table(block_table, page_size)
     checks.shape("sequence_ids", sequence_ids, tuple(positions.shape), axes="t", remedy="give one per position")
     positions, sequence_ids, block_table = checks.to_jax(positions, sequence_ids, block_table)
-    return _slots(positions, sequence_ids, block_table, page_size)
+    return token_slots(positions, sequence_ids, block_table, page_size)
 
 
 def topk_to_slots(ids: jax.Array, block_table: jax.Array, cache_seqlens: jax.Array, *, page_size: int) -> jax.Array:
@@ -124,16 +119,22 @@ def topk_to_slots(ids: jax.Array, block_table: jax.Array, cache_seqlens: jax.Arr
     ids, block_table, cache_seqlens = checks.to_jax(ids, block_table, cache_seqlens)
     ids = jnp.where(ids < cache_seqlens[:, None, None], ids, -1)
     sequences = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None, None]
-    return _slots(ids, jnp.broadcast_to(sequences, ids.shape), block_table, page_size)
+    return token_slots(ids, jnp.broadcast_to(sequences, ids.shape), block_table, page_size)
 
 
 def append_kv_cache(
-    cache: jax.Array, latent: jax.Array, rope: jax.Array, slots: jax.Array, *, format: str
+    cache: jax.Array,
+    latent: jax.Array,
+    rope: jax.Array,
+    slots: jax.Array,
+    *,
+    format: str,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Writes the keys of new tokens into the pool, quantised as `quantize_kv` does it.
 
-    In place when the cache is donated to the jit around it, or is the carry of a loop. Write first, then attend. Two
-    tokens for one slot leave either of them there.
+    In place when the cache is donated to the jit around it, or is the carry of a loop. Write first, then attend. Slots
+    that exist should differ: two tokens for one slot leave either of them there, or parts of both.
 
     Args:
       cache: a pool of this format: bfloat16 or float16 `[P, page_size, 1, d_qk]`; uint8 or float8_e4m3fn
@@ -143,6 +144,7 @@ def append_kv_cache(
       rope: the same dtypes, `[t, 64]`.
       slots: int32 `[t]` from `slot_mapping`. Negative slots and those behind the pool are skipped and touch nothing.
       format: static; "bf16", "f16", "fp8_v32" or "fp8_v4".
+      implementation: "cuda" takes the CUDA kernel or raises; None and "xla" are plain XLA in this version.
 
     Returns:
       The cache with the new rows.
@@ -150,6 +152,7 @@ def append_kv_cache(
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or `format` is unknown or not that of the
         cache.
+      RuntimeError: implementation="cuda" where the kernel cannot run.
 
     Example:
       >>> import jax.numpy as jnp
@@ -160,6 +163,7 @@ def append_kv_cache(
       >>> float(cache.sum()), float(cache[1, 6].sum()), float(cache[0, 2].sum())
       (1152.0, 576.0, 576.0)
     """
+    checks.implementation(implementation)
     fmt = arguments.kv_cache("cache", cache, format)
     checks.array("latent", latent, axes="t, d_latent", dtypes=checks.REFERENCE_DTYPES)
     checks.array("rope", rope, axes="t, 64", dtypes=checks.REFERENCE_DTYPES)
@@ -167,11 +171,17 @@ def append_kv_cache(
     arguments.kv_rows(latent, rope, format, head_dim=fmt.head_dim)
     checks.shape("slots", slots, (latent.shape[0],), axes="t", remedy="give one slot per row of latent")
     cache, latent, rope, slots = checks.to_jax(cache, latent, rope, slots)
-    return write(cache, pack(latent, rope, fmt), slots, fmt)
+    return ops.append(cache, latent, rope, slots, implementation=implementation)[0]
 
 
 def gather_kv_cache(
-    cache: jax.Array, block_table: jax.Array, cache_seqlens: jax.Array, *, total: int, format: str
+    cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    total: int,
+    format: str,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Reads whole sequences out of the pool, one behind the other: keys for a prefill that continues a prefix.
 
@@ -181,6 +191,7 @@ def gather_kv_cache(
       cache_seqlens: int32 `[b]`, keys per sequence, clamped to `[0, max_pages * page_size]`.
       total: static, rows of the result. Sequences that do not fit are cut off.
       format: static; "bf16", "f16", "fp8_v32" or "fp8_v4".
+      implementation: "cuda" takes the CUDA kernel or raises; None and "xla" are plain XLA in this version.
 
     Returns:
       `[total, d_qk]`, `[latent | rope]`: bfloat16, float16 for `f16`. Zeros behind the last sequence and for tokens of
@@ -189,6 +200,7 @@ def gather_kv_cache(
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or `format` is unknown or not that of the
         cache.
+      RuntimeError: implementation="cuda" where the kernel cannot run.
 
     Example:
       >>> import jax.numpy as jnp
@@ -199,6 +211,7 @@ def gather_kv_cache(
       >>> rows.shape, rows[62:, 0].tolist()
       ((68, 576), [3.0, 3.0, 1.0, 2.0, 0.0, 0.0])
     """
+    checks.implementation(implementation)
     fmt = arguments.kv_cache("cache", cache, format)
     total = checks.integer("total", total, minimum=0)
     arguments.pool_tokens("total", total)
@@ -207,15 +220,8 @@ def gather_kv_cache(
     checks.array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
     checks.shape("cache_seqlens", cache_seqlens, (block_table.shape[0],), axes="b", remedy="give one per table row")
     cache, block_table, cache_seqlens = checks.to_jax(cache, block_table, cache_seqlens)
-    lengths = jnp.clip(cache_seqlens, 0, jnp.int32(min(block_table.shape[1] * page_size, total)))
-    # A sum of lengths may pass 2**31; what is cut off need not be counted.
-    ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a, jnp.int32(total) - b) + b, lengths)
-    row = jnp.arange(total, dtype=jnp.int32)
-    sequence = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
-    starts = jnp.pad(ends, (1, 0))
-    slots = _slots(row - starts[sequence], sequence, block_table, page_size)
-    exists = (slots >= 0) & (slots < cache.shape[0] * page_size)
-    return jnp.where(exists[:, None], read(cache, jnp.where(exists, slots, 0)), 0)
+    (rows,) = ops.gather(cache, block_table[None], cache_seqlens[None], total=total, implementation=implementation)
+    return rows[0]
 
 
 def copy_pages(cache: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
@@ -254,90 +260,3 @@ def copy_pages(cache: jax.Array, source: jax.Array, target: jax.Array) -> jax.Ar
     target = jnp.where(exists, target, -1)
     data = data.at[target].set(pages, mode="drop", wrap_negative_indices=False)
     return as_pool(data, cache)
-
-
-def _slots(positions, sequences, block_table, page_size):
-    b, max_pages = block_table.shape
-    if b == 0 or max_pages == 0:
-        return jnp.full(positions.shape, -1, jnp.int32)
-    inside = (positions >= 0) & (positions < max_pages * page_size) & (sequences >= 0) & (sequences < b)
-    column = jnp.where(inside, positions // page_size, 0)
-    page = block_table.at[jnp.where(inside, sequences, 0), column].get(mode="promise_in_bounds")
-    # A page so large that its slots pass 2**31 would come out as some other page.
-    inside &= (page >= 0) & (page <= (checks.MAX_TOKENS + 1) // page_size - 1)
-    return jnp.where(inside, jnp.where(inside, page, 0) * page_size + positions % page_size, -1)
-
-
-def as_bytes(cache: jax.Array) -> jax.Array:
-    """A float8 pool as the bytes that it is: XLA may widen a float8 scatter, and NaNs would lose their bits."""
-    return jax.lax.bitcast_convert_type(cache, jnp.uint8) if cache.dtype == jnp.float8_e4m3fn else cache
-
-
-def as_pool(data: jax.Array, cache: jax.Array) -> jax.Array:
-    """The inverse of `as_bytes(cache)`."""
-    return jax.lax.bitcast_convert_type(data, cache.dtype) if data.dtype != cache.dtype else data
-
-
-def fp8_format(cache: jax.Array) -> KVFormat | None:
-    """The format of a pool of bytes; None for a pool of plain rows."""
-    if cache.dtype not in (jnp.uint8, jnp.float8_e4m3fn):
-        return None
-    return FP8_V32 if cache.ndim == 4 and cache.shape[-1] == FP8_V32.token_bytes else FP8_V4
-
-
-def num_slots(cache: jax.Array) -> int:
-    fmt = fp8_format(cache)
-    return cache.shape[0] * (page_size_of(cache.shape, fmt.token_bytes) if fmt else cache.shape[1])
-
-
-def write_rows(cache: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    """Puts rows `[t, token]` into their slots of a pool `[P, page_size, 1, token]`, of any dtype."""
-    page, offset = _place(slots, cache.shape[0], cache.shape[1])
-    return cache.at[page, offset, 0].set(rows, mode="drop", wrap_negative_indices=False)
-
-
-def _place(slots: jax.Array, num_pages: int, page_size: int) -> tuple[jax.Array, jax.Array]:
-    exists = (slots >= 0) & (slots < num_pages * page_size)
-    return jnp.where(exists, slots // page_size, num_pages), slots % page_size  # behind the pool: dropped
-
-
-def write(cache: jax.Array, rows: jax.Array, slots: jax.Array, fmt: KVFormat) -> jax.Array:
-    """Puts packed rows `[t, token]` into their slots; see the head of the file for the way of it."""
-    data = as_bytes(cache)
-    if len(fmt.plane_bytes) == 1:
-        data = write_rows(data, rows, slots)
-    else:
-        # A token has bytes in several planes, and the array's axes follow none of them.
-        page_size = page_size_of(cache.shape, fmt.token_bytes)
-        page, offset = _place(slots, cache.shape[0], page_size)
-        within = np.concatenate([np.arange(width, dtype=np.int32) for width in fmt.plane_bytes])
-        starts = np.repeat([fmt.plane_offset(i, page_size) for i in range(len(fmt.plane_bytes))], fmt.plane_bytes)
-        widths = np.repeat(fmt.plane_bytes, fmt.plane_bytes)
-        byte = jnp.asarray(starts + within, jnp.int32) + offset[:, None] * jnp.asarray(widths, jnp.int32)
-        page = page[:, None]
-        at = (page, byte) if data.ndim == 2 else (page, byte // fmt.token_bytes, 0, byte % fmt.token_bytes)
-        data = data.at[at].set(rows, mode="drop", wrap_negative_indices=False)
-    return as_pool(data, cache)
-
-
-def read(cache: jax.Array, slots: jax.Array) -> jax.Array:
-    """The keys `[..., d_qk]` in slots that exist; bfloat16 from fp8, else in the pool's dtype."""
-    fmt = fp8_format(cache)
-    if fmt is None:
-        page, offset = slots // cache.shape[1], slots % cache.shape[1]
-        return cache.at[page, offset, 0].get(mode="promise_in_bounds")
-    page_size = page_size_of(cache.shape, fmt.token_bytes)
-    data = as_bytes(cache)
-    data = data.reshape(cache.shape[0], -1)
-
-    def token(slot):
-        page, offset = slot // page_size, slot % page_size
-        starts = [fmt.plane_offset(i, page_size) + offset * width for i, width in enumerate(fmt.plane_bytes)]
-        planes = [
-            jax.lax.dynamic_slice(data, (page, start), (1, width))[0]
-            for start, width in zip(starts, fmt.plane_bytes, strict=True)
-        ]
-        return jnp.concatenate(planes)
-
-    rows = jax.vmap(token)(slots.ravel())
-    return unpack(rows.reshape(*slots.shape, fmt.token_bytes), fmt)

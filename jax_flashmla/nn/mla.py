@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from .. import api, checks, kvcache
-from ..kvcache import paged
+from ..kvcache import rows as kvcache_rows
 from ..sharding import MLAMesh
 from .placement import on_mesh, place
 
@@ -190,7 +190,7 @@ def write_rows(cache: jax.Array, rows: jax.Array, block_table: jax.Array, positi
     b, s = positions.shape
     sequences = jnp.repeat(jnp.arange(b, dtype=jnp.int32), s)
     slots = kvcache.slot_mapping(positions.reshape(-1), sequences, block_table, page_size=cache.shape[1])
-    return paged.write_rows(cache, rows.reshape(b * s, -1), slots)
+    return kvcache_rows.write_rows(cache, rows.reshape(b * s, -1), slots)
 
 
 class MLAAttention(nnx.Module):

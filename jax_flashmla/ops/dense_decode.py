@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import reference
 from .._primitive import define
-from .schedule import METADATA_WIDTH, num_parts, schedule
+from .schedule import METADATA_WIDTH, num_parts, schedule, workspaces
 
 TARGET = "jax_flashmla.dense_decode.v1"
 
@@ -19,28 +19,17 @@ def shapes(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, soft
     ]
 
 
-def workspaces(q, k_cache, metadata):
-    """Room for the partial results: p - 1 inner boundaries add one each, and one more per sequence that they cut."""
-    b, s_q, h_q, _ = q.shape
-    h_kv, parts = k_cache.shape[2], metadata.shape[0]
-    slots = max(1, parts - 1 + min(b, parts - 1)) if isinstance(b, int) and isinstance(parts, int) else 2 * parts
-    rows = s_q * h_q // h_kv
-    return [
-        jax.ShapeDtypeStruct((slots, h_kv, -(-rows // 16) * 16, reference.D_V), jnp.float32),  # whole fragments
-        jax.ShapeDtypeStruct((slots, h_kv, rows, 2), jnp.float32),  # reference maxima and sums
-    ]
-
-
 def cuda(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softmax_scale, causal):
+    b, s_q, h_q, _ = q.shape
+    _, page_size, h_kv, _ = k_cache.shape
+    rows = s_q * h_q // h_kv
     if metadata.shape[0] == 0:  # no plan given: make it here, after vmap has folded its axes into b
-        b, s_q, h_q, _ = q.shape
-        _, page_size, h_kv, _ = k_cache.shape
         lengths = reference.clamp_lengths(cache_seqlens, block_table, page_size)
-        parts = num_parts(b, s_q * h_q // h_kv, h_kv)
+        parts = num_parts(b, rows, h_kv)
         metadata, num_splits = (x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False))
     operands = q, k_cache, block_table, cache_seqlens, metadata, num_splits
-    results = shapes(*operands, softmax_scale=softmax_scale, causal=causal) + workspaces(q, k_cache, metadata)
-    call = jax.ffi.ffi_call(TARGET, results)
+    results = shapes(*operands, softmax_scale=softmax_scale, causal=causal)
+    call = jax.ffi.ffi_call(TARGET, results + workspaces(b, rows, h_kv, metadata.shape[0]))
     out, lse, *_ = call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)
     return out, lse
 

@@ -29,6 +29,15 @@ def num_parts(b: int, rows: int, h_kv: int, *, batch_invariant: bool = False) ->
     return next(parts for waves, parts in full if parts and waves * sms <= 1.05 * parts * tiles)
 
 
+def workspaces(b: int, rows: int, h_kv: int, parts: int) -> list[jax.ShapeDtypeStruct]:
+    """Room for the partial results: p - 1 inner boundaries add one each, and one more per sequence that they cut."""
+    slots = max(1, parts - 1 + min(b, parts - 1)) if isinstance(b, int) and isinstance(parts, int) else 2 * parts
+    return [
+        jax.ShapeDtypeStruct((slots, h_kv, -(-rows // 16) * 16, reference.D_V), jnp.float32),  # whole fragments
+        jax.ShapeDtypeStruct((slots, h_kv, rows, 2), jnp.float32),  # reference maxima and sums
+    ]
+
+
 def shapes(cache_seqlens, *, parts, batch_invariant):
     n, b = cache_seqlens.shape
     return [

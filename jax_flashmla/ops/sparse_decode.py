@@ -2,9 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import reference
 from .._primitive import define
+from .schedule import MAX_SEQUENCES, num_parts, schedule, workspaces
+
+TARGET = "jax_flashmla.sparse_decode.v1"
 
 
 def shapes(q, *_, softmax_scale):
@@ -13,6 +17,46 @@ def shapes(q, *_, softmax_scale):
         jax.ShapeDtypeStruct((b, s_q, h_q, reference.D_V), q.dtype),
         jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
     ]
+
+
+def cuda(
+    q,
+    k_cache,
+    indices,
+    topk_length,
+    attn_sink,
+    extra_k_cache,
+    extra_indices,
+    extra_topk_length,
+    *,
+    softmax_scale,
+):
+    """To the kernel a query token is a sequence, whose keys are whole blocks of its list and then its second list."""
+    b, s_q, h_q, _ = q.shape
+    tokens = b * s_q
+    topk_length, extra_topk_length = (
+        x if x.shape[0] == 0 else jnp.broadcast_to(x[:, None], (b, s_q)).reshape(tokens)
+        for x in (topk_length, extra_topk_length)
+    )
+    keys = reference.BLOCK * -(-_entries(indices, topk_length) // reference.BLOCK)
+    if extra_k_cache.ndim > 1:
+        keys += _entries(extra_indices, extra_topk_length)
+    lengths = jnp.broadcast_to(jnp.asarray(keys, jnp.int32), tokens)
+    parts = num_parts(tokens, h_q, 1)
+    metadata, num_splits = (x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False))
+    operands = (
+        *(q, k_cache, indices, topk_length, attn_sink, extra_k_cache, extra_indices, extra_topk_length),
+        *(lengths, metadata, num_splits),
+    )
+    results = shapes(q, softmax_scale=softmax_scale) + workspaces(tokens, h_q, 1, parts)
+    out, lse, *_ = jax.ffi.ffi_call(TARGET, results)(*operands, softmax_scale=np.float32(softmax_scale))
+    return out, lse
+
+
+def _entries(indices, topk_length):
+    """How many entries of a list count."""
+    topk = indices.shape[-1]
+    return topk if topk_length.shape[0] == 0 else jnp.clip(topk_length, 0, topk)
 
 
 SHARED = {1: "k_cache", 4: "attn_sink", 5: "extra_k_cache"}
@@ -36,16 +80,23 @@ def batch(bind, size, operands, mapped):
     return [x.reshape(size, b, *x.shape[1:]) for x in bind(*folded)]
 
 
-def unsupported(*operands):
-    return "this version of jax_flashmla has no CUDA kernel for sparse decode"
+def unsupported(q, k_cache, *_):
+    tokens = q.shape[0] * q.shape[1]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel takes bfloat16 and float16, got q in {q.dtype}"
+    if isinstance(tokens, int) and not 1 <= tokens <= MAX_SEQUENCES:
+        return f"the planner takes 1 to {MAX_SEQUENCES} query tokens, got b * s_q = {tokens}"
+    return None
 
 
-# An operand that is not used is an array of shape (0,). The kernel comes as `cuda` and `target`, and `unsupported`
-# then says which operands it does not take.
+# An operand that is not used is an array of shape (0,).
 sparse_decode = define(
     "sparse_decode",
+    target=TARGET,
     shapes=shapes,
     reference=reference.sparse_decode,
+    cuda=cuda,
     batch=batch,
     unsupported=unsupported,
+    on_request=True,  # no sanitizer has passed over it yet: docs/kernels/sparse_decode.md
 )

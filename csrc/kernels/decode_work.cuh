@@ -1,4 +1,4 @@
-// What a CTA works on: its part of the schedule and the pieces in it, pages, and the tensor maps of q and k_cache.
+// What a CTA of a decode kernel works on: its part of the schedule, the pieces in it, and its queries.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@
 #include "hopper/tma.cuh"
 #include "params.h"
 
-namespace jax_flashmla::dense_decode {
+namespace jax_flashmla {
 
 // A piece of one sequence: KV blocks [begin, end), seen by this row tile.
 struct Work {
@@ -21,7 +21,7 @@ struct Work {
 };
 
 // The part of the schedule of this CTA. Metadata come from the device and may be anything: no sequence outside of [0, b) survives.
-__device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
+__device__ __forceinline__ Part load_part(const DecodeParams& p) {
   Part part = p.metadata[blockIdx.z];
   part.begin_seq = max(part.begin_seq, 0);
   if (static_cast<unsigned>(part.end_seq) >= static_cast<unsigned>(p.b)) part.end_seq = min(max(part.end_seq, 0), p.b), part.end_block = 0;
@@ -30,7 +30,7 @@ __device__ __forceinline__ Part load_part(const DenseDecodeParams& p) {
 
 // What a CTA is: its row tile, KV head and part.
 struct Cta {
-  const DenseDecodeParams& p;
+  const DecodeParams& p;
   const Part& part;
   int last_token = token_of(kRowTile - 1);  // made early: a division
 
@@ -64,30 +64,8 @@ struct Cta {
   }
 };
 
-// The pages of a block, one per copy; -1 where there is none: past the length or not in the pool.
-struct Pages {
-  int id[4];
-  uint32_t valid_groups;
-};
-__device__ __forceinline__ Pages load_pages(const DenseDecodeParams& p, const Work& w, int block, int tokens) {
-  Pages pages{{-1, -1, -1, -1}, 0};
-  const int page_bits = __ffs(p.page_size) - 1;  // page sizes are powers of two
-  const int* table = p.block_table + int64_t(w.seq) * p.max_pages;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int token = block * kBlockTokens + c * tokens, column = token >> page_bits;
-    if (c * tokens < kBlockTokens) {
-      // Does not wait for the length: an entry past it holds anything, and is not looked at.
-      const int page = column < p.max_pages ? table[column] : -1;
-      if (token < w.len && static_cast<unsigned>(page) < static_cast<unsigned>(p.num_pages)) pages.id[c] = page;
-      if (pages.id[c] >= 0 || token >= w.len) pages.valid_groups |= ((1u << tokens / 16) - 1) << (c * tokens / 16);
-    }
-  }
-  return pages;
-}
-
 // Rows of one KV head that lie one after the other in q: all of a sequence's where there is one head, else some of a token's.
-__host__ __device__ inline int q_box_rows(const DenseDecodeParams& p) {
+__host__ __device__ inline int q_box_rows(const DecodeParams& p) {
   int rows = kRowTile;
   while (p.h_kv > 1 && p.group % rows != 0) rows /= 2;
   return rows;
@@ -103,23 +81,11 @@ __device__ __forceinline__ void load_q(const CUtensorMap& q_map, Barrier& full, 
   }
 }
 
-// Columns 64t .. 64t+63 of a block of keys. A page of -1 lies outside of the map: zeros are written, and count as bytes.
-template <class T>
-__device__ __forceinline__ void load_k(const CUtensorMap& k_map, Barrier& full, T* dst, const Cta& cta, const Pages& pages, int block, int tokens, int t) {
-  if (tokens == kBlockTokens) {
-    tma_load(k_map, full, dst, t * 64, cta.kv_head(), block * kBlockTokens & (cta.p.page_size - 1), pages.id[0]);
-  } else {
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-      if (c * tokens < kBlockTokens) tma_load(k_map, full, dst + c * tokens * 64, t * 64, cta.kv_head(), 0, pages.id[c]);
-  }
-}
-
 // A map over 16-bit elements in boxes of 64 columns by `box` of the dimension box_dim; stride[i] is that of dimension i + 1, in elements.
 template <class T, int kRank>
 Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[kRank], const int64_t (&stride)[kRank - 1], int box_dim, int box) {
   const auto encode = tensor_map_encoder();
-  if (!encode) return "dense_decode: the CUDA driver offers no cuTensorMapEncodeTiled; a driver for CUDA 12 or newer is needed";
+  if (!encode) return "decode: the CUDA driver offers no cuTensorMapEncodeTiled; a driver for CUDA 12 or newer is needed";
   cuuint64_t bytes[kRank - 1];
   cuuint32_t boxes[kRank], step[kRank];
   for (int i = 0; i < kRank; ++i) boxes[i] = i == 0 ? 64 : i == box_dim ? cuuint32_t(box) : 1, step[i] = 1;
@@ -128,23 +94,16 @@ Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[k
   // L2 fetches lines of 128 bytes, a row of a sub-tile: in pairs they cost 5 % of the bandwidth.
   const CUresult err = encode(&map, type, kRank, const_cast<void*>(base), size, bytes, boxes, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return err == CUDA_SUCCESS ? nullptr : "dense_decode: the CUDA driver refused a tensor map of q or k_cache";
+  return err == CUDA_SUCCESS ? nullptr : "decode: the CUDA driver refused a tensor map of q or k_cache";
 }
 
-// The maps of q, in boxes of up to kRowTile rows, and of k_cache, in boxes of up to kBlockTokens tokens.
+// The map of q, in boxes of up to kRowTile rows: as [b, token, KV head, row of the head, d], or with one KV head as [b, 1, 1, row, d].
 template <class T>
-Status encode_maps(CUtensorMap& q_map, CUtensorMap& k_map, const DenseDecodeParams& p) {
+Status encode_q_map(CUtensorMap& q_map, const DecodeParams& p) {
   const int64_t d = p.d_qk;
-  // q as [b, token, KV head, row of the head, d], or with one KV head as [b, 1, 1, row, d]; k_cache as [page, token, KV head, d].
   const bool one = p.h_kv == 1;
-  if (Status error =
-          encode_map<T, 5>(q_map, p.q, {cuuint64_t(d), cuuint64_t(one ? p.rows : p.group), cuuint64_t(p.h_kv), cuuint64_t(one ? 1 : p.s_q), cuuint64_t(p.b)},
-                           {d, p.group * d, p.h_q * d, int64_t(p.s_q) * p.h_q * d}, 1, q_box_rows(p)))
-    return error;
-  if (Status error = encode_map<T, 4>(k_map, p.k_cache, {cuuint64_t(d), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)},
-                                      {d, p.h_kv * d, int64_t(p.page_size) * p.h_kv * d}, 2, std::min(p.page_size, kBlockTokens)))
-    return error;
-  return nullptr;
+  return encode_map<T, 5>(q_map, p.q, {cuuint64_t(d), cuuint64_t(one ? p.rows : p.group), cuuint64_t(p.h_kv), cuuint64_t(one ? 1 : p.s_q), cuuint64_t(p.b)},
+                          {d, p.group * d, p.h_q * d, int64_t(p.s_q) * p.h_q * d}, 1, q_box_rows(p));
 }
 
-}  // namespace jax_flashmla::dense_decode
+}  // namespace jax_flashmla
