@@ -72,12 +72,14 @@ if step install install; then
   fi
   TAIL=40 step bench "$python" -P -m jax_flashmla.bench dense_decode --quick
   step plan "$python" -P -m jax_flashmla.bench schedule --quick
+  step append "$python" -P -m jax_flashmla.bench append --quick
+  step gather "$python" -P -m jax_flashmla.bench gather --quick
 fi
 
 echo
 cat "$out/main.log" 2>/dev/null
 echo
-grep -h '^|' "$out/bench.log" "$out/plan.log" 2>/dev/null
+grep -h '^|' "$out/bench.log" "$out/plan.log" "$out/append.log" "$out/gather.log" 2>/dev/null
 echo
 printf '%-12s %s\n' step result
 for i in "${!names[@]}"; do printf '%-12s %s\n' "${names[$i]}" "${results[$i]}"; done

@@ -1,4 +1,5 @@
-"""A reduced grid of decodes for compute-sanitizer: every instantiation, split and unsplit, small enough for racecheck.
+"""A reduced grid for compute-sanitizer: every instantiation of dense and sparse decode, split and unsplit, and the
+cache operations of every format, small enough for racecheck.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python scripts/sanitize.py
 
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, testing
+from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, kvcache, testing
 from jax_flashmla.cases import EDGES, Case
 
 CASES = (
@@ -46,6 +49,79 @@ def check(case: Case, batch_invariant: bool) -> bool:
     good = testing.cosine_difference(out, exact) <= 5e-6 and testing.max_error(lse, exact_lse) <= 1e-3
     print(f"{case.name}{' batch_invariant' if batch_invariant else ''}: {'ok' if good else 'WRONG'}", flush=True)
     return good
+
+
+POOLS = (("bf16", 64, False), ("f16", 2, False), ("fp8_v32", 16, False), ("fp8_v4", 69, False), ("fp8_v4", 16, True))
+
+
+def on_cpu():
+    """Where the references run: the tools crash on some of what XLA compiles for the GPU."""
+    return jax.default_device(jax.devices("cpu")[0])
+
+
+def check_cache(format: str, page_size: int, padded: bool) -> bool:
+    """Appends to slots that exist and to some that do not, and gathers through tables with pages that do not exist."""
+    rng = np.random.default_rng(0)
+    cache = np.zeros(kvcache.FORMATS[format].pool_shape(4, page_size, padded=padded), kvcache.FORMATS[format].dtype)
+    channels = kvcache.FORMATS[format]["latent"].count
+    tokens = 4 * page_size
+    slots = np.array([*rng.permutation(tokens), -1, tokens, 2**31 - 1, -(2**31)], np.int32)
+    latent, rope = (rng.standard_normal((len(slots), n), np.float32) for n in (channels, 64))
+    table = np.array([[2, 0], [4, 3], [-1, 1], [1, 2**31 - 1]], np.int32)
+    lengths = np.array([page_size + 1, 2 * page_size, 2**31 - 1, -5], np.int32)
+
+    def run(implementation: str) -> list[np.ndarray]:
+        append = functools.partial(kvcache.append_kv_cache, format=format, implementation=implementation)
+        gather = functools.partial(kvcache.gather_kv_cache, format=format, implementation=implementation)
+        written = append(cache, latent, rope, slots)
+        rows = gather(written, table, lengths, total=5 * page_size + 3)
+        return [np.asarray(x).view(np.uint8) for x in (written, rows)]
+
+    with on_cpu():
+        expected = run("xla")
+    good = all(map(np.array_equal, run("cuda"), expected))
+    print(f"cache {format}, pages of {page_size}: {'ok' if good else 'WRONG'}", flush=True)
+    return good
+
+
+def check_sparse(format: str, page_size: int, padded: bool, h_q: int, d_qk: int) -> bool:
+    """Two pools, invalid entries, lengths, sinks, a row without a key; up to 17 blocks a token, some of them split."""
+    rng = np.random.default_rng(0)
+    fp8 = format.startswith("fp8")
+    head_dim = None if fp8 else d_qk
+    rows = rng.standard_normal((4 * page_size, d_qk), np.float32)
+    slots = np.arange(4 * page_size, dtype=np.int32)
+    with on_cpu():
+        cache = kvcache.init_kv_cache(4, format, page_size=page_size, padded=padded, head_dim=head_dim)
+        cache = kvcache.append_kv_cache(cache, rows[:, :-64], rows[:, -64:], slots, format=format)
+    cache = np.asarray(cache)
+    q = rng.standard_normal((3, 1, h_q, d_qk)).astype(np.float16 if format == "f16" else jnp.bfloat16)
+    indices, extra = (rng.integers(-2, 4 * page_size + 2, (3, 1, n), np.int32) for n in (900, 70))
+    lengths = np.array([900, 0, 130], np.int32)
+    sink = rng.standard_normal(h_q).astype(np.float32)
+
+    def run(implementation: str) -> list[np.ndarray]:
+        results = flash_mla_with_kvcache(
+            q, cache, None, None, 512, is_fp8_kvcache=fp8, indices=indices, topk_length=lengths, attn_sink=sink,
+            extra_k_cache=cache, extra_indices_in_kvcache=extra, extra_topk_length=lengths // 13,
+            implementation=implementation,
+        )  # fmt: skip
+        return [np.asarray(x, np.float32) for x in results]
+
+    with on_cpu():
+        expected, expected_lse = run("xla")
+    out, lse = run("cuda")
+    # Both round probabilities and results to 16 bits.
+    good = testing.cosine_difference(out, expected) <= 2e-5 and testing.max_error(lse, expected_lse) <= 1e-3
+    print(f"sparse {format}, {h_q} heads, pages of {page_size}: {'ok' if good else 'WRONG'}", flush=True)
+    return good
+
+
+SPARSE = (
+    *(("fp8_v32", 16, False, h_q, 576) for h_q in (16, 70)),
+    *(("fp8_v4", page_size, padded, 16, 512) for page_size, padded in ((69, False), (16, True))),
+    *((format, 64, False, 20, d_qk) for format in ("bf16", "f16") for d_qk in (576, 512)),
+)
 
 
 # One mistake per tool. The parameter is a fresh allocation of 1024 bytes; the kernel runs with 64 threads.
@@ -93,12 +169,19 @@ def plant(tool: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plant", choices=PLANTED, metavar="TOOL", help=f"one of {', '.join(PLANTED)}")
+    parser.add_argument("--only", choices=("dense", "cache", "sparse"), help="one of the three")
     args = parser.parse_args()
     if args.plant:
         jax.block_until_ready(jax.numpy.zeros(1, device=jax.devices("gpu")[0]))
         plant(args.plant)
         return 0
-    results = [check(case, False) for case in CASES] + [check(case, True) for case in CASES[:3]]
+    results = []
+    if args.only in (None, "dense"):
+        results += [check(case, False) for case in CASES] + [check(case, True) for case in CASES[:3]]
+    if args.only in (None, "cache"):
+        results += [check_cache(*pool) for pool in POOLS]
+    if args.only in (None, "sparse"):
+        results += [check_sparse(*pool) for pool in SPARSE]
     return 0 if all(results) else 1
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from jax_flashmla import flash_mla_with_kvcache
 from jax_flashmla.bench import __main__ as bench
-from jax_flashmla.bench import cases, dense_decode, end_to_end, peers, protocol, report
+from jax_flashmla.bench import append, cases, dense_decode, end_to_end, peers, protocol, report
 from jax_flashmla.bench.cases import DenseCase
 from jax_flashmla.bench.protocol import Ceilings, Chain, Mode, Timing
 
@@ -533,6 +533,8 @@ def test_the_whole_path(run, tmp_path):
 OTHER_OPS = [
     ("end_to_end", "1,1,2,64"),
     ("schedule", "32"),
+    ("append", "fp8_v4,130"),
+    ("gather", "fp8_v32,130"),
     ("sharding", "heads,2,2,1,4,64"),
     ("sharding", "context,2,2,1,2,300"),
 ]
@@ -550,8 +552,27 @@ def test_other_ops(run, tmp_path, op, name):
         assert (row["layers"], row["caches"]) == (3, 3) and list(row["peers"]) == ["kernel"]
     elif op == "sharding":  # and the single device computed the same
         assert row["role"] in name and list(row["peers"]) == ["one GPU"] and row["devices"] == 2
-    else:
+    elif op == "schedule":
         assert row["ceilings"] is None and row["tflops"] is None and row["b"] == 32
+    else:  # read as bfloat16 and written as it is stored, or the other way round
+        moved = 130 * (1152 + 656 if op == "gather" else 1024 + 584)
+        assert (
+            row["t"] == 130 and list(row["peers"]) == ["jnp"] and row["gbps"] == pytest.approx(moved / row["us"] / 1e3)
+        )
+        assert row["roofline"] == pytest.approx(row["gbps"] / row["ceilings"]["copy"])
+
+
+def test_cases_of_cache_operations():
+    case = append.CacheCase.parse("fp8_v4,70")
+    assert case == ("fp8_v4", 70) and case.bytes == 70 * (1024 + 584)
+    for name in append.NAMES:
+        assert append.CacheCase.parse(name).name == name
+    for wrong in ("fp8_v4", "fp8,70", "bf16,0", "bf16,x", "bf16,1,1"):
+        with pytest.raises(ValueError, match="a case is format,t"):
+            append.check(wrong)
+    for t in (70, 1030):
+        pages, slots = append.slots_of(append.CacheCase("bf16", t), 3)
+        assert slots.shape == (3, t) and len(set(slots.ravel())) == 3 * t and slots.max() < 64 * pages
 
 
 def test_more_devices_than_there_are(run):

@@ -11,20 +11,27 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_schedule import BATCHES
+from test_sparse_reference import FORMATS, make_cache, make_indices, sparse_f64
 
-from jax_flashmla import ops, testing
+from jax_flashmla import kvcache, ops, reference, testing
 from jax_flashmla.cases import BY_NAME, EDGES, Case
 from jax_flashmla.ops.schedule import MAX_SPLITS, METADATA_WIDTH
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 SOURCES = (
+    "kernels/append.cu",
     "kernels/dense_decode_bf16_512.cu",
     "kernels/dense_decode_bf16_576.cu",
+    "kernels/gather.cu",
+    "kernels/sparse_decode_bf16.cu",
+    "kernels/sparse_decode_fp8_v32.cu",
+    "kernels/sparse_decode_fp8_v4.cu",
     "splitkv/combine.cu",
     "splitkv/schedule.cu",
 )
@@ -35,17 +42,11 @@ pytestmark = [
     pytest.mark.xdist_group("emulation"),
 ]
 
-POINTERS = (
-    *("q", "k_cache", "block_table", "cache_seqlens", "metadata", "num_splits"),
-    *("out", "lse", "partial_out", "partial_stats"),
-)
-SIZES = (
-    *("b", "s_q", "h_q", "h_kv", "group", "rows", "d_qk"),
-    *("num_pages", "page_size", "max_pages", "max_len", "num_parts", "slots"),
-)
+POINTERS = ("q", "cache_seqlens", "metadata", "num_splits", "out", "lse", "partial_out", "partial_stats")
+SIZES = ("b", "s_q", "h_q", "h_kv", "group", "rows", "d_qk", "max_len", "num_parts", "slots")
 
 
-class DenseDecodeParams(ctypes.Structure):
+class DecodeParams(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int) for name in SIZES),
@@ -53,6 +54,30 @@ class DenseDecodeParams(ctypes.Structure):
         ("causal", ctypes.c_bool),
         ("dtype", ctypes.c_int),
         ("stream", ctypes.c_void_p),
+    )
+
+
+class DenseDecodeParams(DecodeParams):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("k_cache", "block_table")),
+        *((name, ctypes.c_int) for name in ("num_pages", "page_size", "max_pages")),
+    )
+
+
+class SparseSource(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cache", "indices", "topk_length")),
+        *((name, ctypes.c_int) for name in ("topk", "page_size")),
+        *((name, ctypes.c_int64) for name in ("slots", "page_bytes")),
+    )
+
+
+class SparseDecodeParams(DecodeParams):
+    _fields_ = (
+        ("sources", SparseSource * 2),
+        ("attn_sink", ctypes.c_void_p),
+        ("tokens", ctypes.c_int),
+        ("format", ctypes.c_int),
     )
 
 
@@ -80,9 +105,13 @@ def kernels(tmp_path_factory):
     subprocess.run([COMPILER, *flags, "-shared", "-o", str(library), *sources], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.emulate_dense_decode.restype = loaded.emulate_schedule.restype = ctypes.c_char_p
-    loaded.emulate_combine.restype = ctypes.c_char_p
+    loaded.emulate_combine.restype = loaded.emulate_sparse_decode.restype = ctypes.c_char_p
     assert loaded.params_bytes(0) == ctypes.sizeof(DenseDecodeParams)
     assert loaded.params_bytes(1) == ctypes.sizeof(ScheduleParams)
+    assert loaded.params_bytes(2) == ctypes.sizeof(SparseDecodeParams)
+    loaded.emulate_append.restype = loaded.emulate_gather.restype = ctypes.c_char_p
+    assert loaded.params_bytes(3) == ctypes.sizeof(AppendParams)
+    assert loaded.params_bytes(4) == ctypes.sizeof(GatherParams)
     return loaded
 
 
@@ -107,10 +136,10 @@ def emulate_decode(kernels, case, parts, *, batch_invariant=False):
     rows = group * case.s_q
     partial = np.full((slots, case.h_kv, -(-rows // 16) * 16, 512), np.nan, np.float32)
     stats = np.full((slots, case.h_kv, rows, 2), np.nan, np.float32)
-    pointers = (x.ctypes.data for x in (q, k_cache, table, lengths, *plan, out, lse, partial, stats))
-    sizes = (case.b, case.s_q, case.h_q, case.h_kv, group, rows, case.d_qk, len(k_cache), case.page_size)
-    sizes += (table.shape[1], table.shape[1] * case.page_size, parts, slots)
-    params = DenseDecodeParams(*pointers, *sizes, case.d_qk**-0.5, case.causal, 0, None)
+    pointers = (x.ctypes.data for x in (q, lengths, *plan, out, lse, partial, stats))
+    sizes = (case.b, case.s_q, case.h_q, case.h_kv, group, rows, case.d_qk, table.shape[1] * case.page_size, parts)
+    own = (k_cache.ctypes.data, table.ctypes.data, len(k_cache), case.page_size, table.shape[1])
+    params = DenseDecodeParams(*pointers, *sizes, slots, case.d_qk**-0.5, case.causal, 0, None, *own)
     assert kernels.emulate_dense_decode(ctypes.byref(params)) is None
     exact, exact_lse = testing.dense_decode_f64(*inputs, causal=case.causal)
     # bfloat16 rounds the result and the probabilities once each; the log-sum-exp stays in float32.
@@ -183,10 +212,9 @@ def test_combine(kernels, splits):
     out = np.full((b, s_q, h_q, 512), np.nan, np.dtype(jnp.bfloat16))
     lse = np.full((b, h_q, s_q), np.nan, np.float32)
     fragments, stats = to_fragments(partial), np.stack([m, total], -1)
-    pointers = [0, 0, 0, 0, 0, num_splits, out, lse, fragments, stats]
-    pointers = [x if isinstance(x, int) else x.ctypes.data for x in pointers]
-    sizes = (b, s_q, h_q, h_kv, h_q // h_kv, rows, 576, 1, 64, 1, 64, slots + 1, slots)
-    params = DenseDecodeParams(*pointers, *sizes, 1.0, False, 0, None)
+    pointers = (x.ctypes.data for x in (num_splits, out, lse, fragments, stats))
+    sizes = (b, s_q, h_q, h_kv, h_q // h_kv, rows, 576, 64, slots + 1, slots)
+    params = DecodeParams(0, 0, 0, *pointers, *sizes, 1.0, False, 0, None)
     assert kernels.emulate_combine(ctypes.byref(params)) is None
     for seq in range(b):
         own = slice(num_splits[seq], num_splits[seq + 1])
@@ -206,3 +234,252 @@ def test_combine(kernels, splits):
         # bfloat16 rounds once; sums of a few hundred terms in float32 stay far below that.
         np.testing.assert_allclose(np.float32(out[seq]), exact, rtol=2**-8, atol=1e-5)
         np.testing.assert_allclose(lse[seq], exact_lse, rtol=1e-5)
+
+
+KV_FORMATS = {"fp8_v32": 1, "fp8_v4": 2, "fp8_v4_padded": 2}  # csrc/params.h; the others are plain
+
+
+def sparse_source(rng, format, b, s_q, topk, lengths, num_pages, page_size):
+    """A pool with indices into it: what the kernel takes, what the oracle takes, and the arrays it points to."""
+    tokens = num_pages * page_size
+    indices, used = make_indices(rng, b, s_q, topk, lengths, tokens)
+    cache, keys = make_cache(rng, format, num_pages, page_size, used)
+    # Ends at the end of an allocation, on the 256 bytes of a device buffer.
+    per_token = None if lengths is None else np.repeat(np.clip(lengths, 0, topk), s_q).astype(np.int32)
+    pointers = (cache.ctypes.data, indices.ctypes.data, None if lengths is None else per_token.ctypes.data)
+    source = SparseSource(*pointers, topk, page_size, tokens, cache.nbytes // num_pages)
+    return source, (keys, indices, lengths), (cache, per_token)
+
+
+def emulate_sparse(
+    kernels, format, *, h_q=16, b=2, s_q=1, topk=80, parts=2, page_size=7, lengths=None, extra=None, sink=None
+):
+    """`extra`: topk, lengths and page size of the second source."""
+    rng = np.random.default_rng(h_q + topk)
+    d_qk, tokens = FORMATS[format][1], b * s_q
+    sources = [sparse_source(rng, format, b, s_q, topk, lengths, 9, page_size)]
+    if extra:
+        sources.append(sparse_source(rng, format, b, s_q, *extra[:2], 5, extra[2]))
+    entries = [np.full(b, source.topk) if n is None else np.clip(n, 0, source.topk) for source, (_, _, n), _ in sources]
+    seqlens = np.repeat(-(-entries[0] // 64) * 64 + (entries[1] if extra else 0), s_q).astype(np.int32)
+    plan = emulate_schedule(kernels, seqlens, parts)
+    q = rng.standard_normal((b, s_q, h_q, d_qk), np.float32).astype(jnp.bfloat16)
+    slots = max(1, parts - 1 + min(tokens, parts - 1))
+    out = np.full((b, s_q, h_q, 512), np.nan, q.dtype)
+    lse = np.full((b, h_q, s_q), np.nan, np.float32)
+    partial = np.full((slots, 1, -(-h_q // 16) * 16, 512), np.nan, np.float32)
+    stats = np.full((slots, 1, h_q, 2), np.nan, np.float32)
+    pointers = (x.ctypes.data for x in (q, seqlens, *plan, out, lse, partial, stats))
+    sizes = (tokens, 1, h_q, 1, h_q, h_q, d_qk, 2**31 - 65, parts, slots)
+    own = (SparseSource * 2)(*(source for source, _, _ in sources)), None if sink is None else sink.ctypes.data
+    scale = d_qk**-0.5
+    params = SparseDecodeParams(*pointers, *sizes, scale, False, 0, None, *own, s_q, KV_FORMATS.get(format, 0))
+    assert kernels.emulate_sparse_decode(ctypes.byref(params)) is None
+    exact, exact_lse = sparse_f64(q, [oracle for _, oracle, _ in sources], scale, sink)
+    # As for dense decode.
+    assert testing.cosine_difference(out, exact) <= 5e-6
+    assert testing.max_error(lse, exact_lse) <= 1e-4
+    return plan[1][-1]
+
+
+@pytest.mark.parametrize("format", ("bf16", "bf16_512", "fp8_v32", "fp8_v4", "fp8_v4_padded"))
+def test_sparse_decode(kernels, format):
+    emulate_sparse(kernels, format, topk=80)
+    emulate_sparse(kernels, format, topk=1, page_size=1)
+
+
+@pytest.mark.parametrize("h_q", (1, 64, 70))
+def test_sparse_heads(kernels, h_q):
+    emulate_sparse(kernels, "fp8_v32", h_q=h_q, s_q=2, topk=130)
+
+
+@pytest.mark.parametrize("format", ("bf16", "fp8_v32", "fp8_v4"))
+def test_sparse_sources(kernels, format):
+    """Two lists of other lengths and page sizes, empty ones among them, sinks, split and merged."""
+    sink = np.linspace(-3, 3, 16).astype(np.float32)
+    sink[[0, 1]] = -np.inf, np.inf
+    lengths, others = np.array([0, 1500, 0, -3], np.int32), np.array([65, 9, 0, 2**31 - 1], np.int32)
+    splits = emulate_sparse(
+        kernels, format, b=4, s_q=2, topk=1500, lengths=lengths, extra=(100, others, 3), sink=sink, parts=9
+    )
+    assert splits >= 2
+
+
+class KVPool(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("page_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("num_pages", "page_size", "latent", "format", "dtype")),
+    )
+
+
+class AppendParams(ctypes.Structure):
+    _fields_ = (
+        ("pool", KVPool),
+        *((name, ctypes.c_void_p) for name in ("latent", "rope", "slots")),
+        *((name, ctypes.c_int) for name in ("tokens", "dtype")),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+class GatherParams(ctypes.Structure):
+    _fields_ = (
+        ("pool", KVPool),
+        *((name, ctypes.c_void_p) for name in ("block_table", "cache_seqlens", "out")),
+        *((name, ctypes.c_int) for name in ("n", "b", "max_pages", "total")),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # csrc/params.h
+POOLS = {  # format, width of a plain row, padded
+    "bf16": ("bf16", 576, False),
+    "bf16_512": ("bf16", 512, False),
+    "f16": ("f16", 576, False),
+    "fp8_v32": ("fp8_v32", None, False),
+    "fp8_v4": ("fp8_v4", None, False),
+    "fp8_v4_padded": ("fp8_v4", None, True),
+}
+
+
+def describe(cache, name):
+    fmt = kvcache.layout(*POOLS[name][:2])
+    page_size = kvcache.formats.page_size_of(cache.shape, fmt.token_bytes)
+    own = fmt["latent"].count, KV_FORMATS.get(name, 0), DTYPES.get(str(cache.dtype), 0)
+    return fmt, page_size, KVPool(cache.ctypes.data, cache.nbytes // len(cache), len(cache), page_size, *own)
+
+
+def random_pool(rng, name, num_pages, page_size):
+    """Finite numbers where rows are plain, for jnp may quieten a NaN; bytes of every kind else."""
+    fmt = kvcache.layout(*POOLS[name][:2])
+    shape = fmt.pool_shape(num_pages, page_size, padded=POOLS[name][2])
+    if fmt.is_fp8:
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.standard_normal(shape, np.float32).astype(fmt.dtype)
+
+
+def special_rows(channels, dtype):
+    """Tiles of zeros, at the steps of the scale, subnormal, huge and infinite; the sign alternates."""
+    limits = jnp.finfo(dtype)
+    values = [0, 336, 448, 448.5, 464, 480, 224, 2**-9, float(limits.smallest_subnormal), float(limits.tiny)]
+    values += [float(limits.max), float(limits.max) / 2, 448 * 2**-13, 449 * 2**-13, 1e-6]
+    rows = np.array(values)[:, None] * np.where(np.arange(channels) % 2, 1, -1)
+    mixed = np.resize([1, 1.0625, -1.1875, 2**-7, 3 * 2**-8, 2**-10, -(2**-10), 3 * 2**-11, 448, 0.0], (3, channels))
+    mixed[1, ::7], mixed[1, 1::70], mixed[1, 2::90] = np.nan, np.inf, -np.inf
+    mixed[2] = np.nan
+    return np.concatenate([rows, mixed]).astype(dtype)
+
+
+def append_and_compare(kernels, name, page_size, dtype, latent, rope, slots, cache):
+    """Through the kernel and through jnp: the same bytes everywhere."""
+    fmt, _, pool = describe(cache, name)
+    expected = np.asarray(jax.jit(reference.append)(cache, latent, rope, slots)[0])
+    pointers = (x.ctypes.data for x in (latent, rope, slots))
+    params = AppendParams(pool, *pointers, len(slots), DTYPES[dtype], None)
+    before = cache.copy()
+    assert kernels.emulate_append(ctypes.byref(params)) is None
+    assert len(slots) == 0 or (cache.view(np.uint8) != before.view(np.uint8)).any()
+    if fmt.is_fp8 or dtype == str(cache.dtype):
+        np.testing.assert_array_equal(cache.view(np.uint8), expected.view(np.uint8))
+    else:
+        np.testing.assert_array_equal(cache.astype(np.float32), expected.astype(np.float32))  # NaNs may differ in bits
+
+
+@pytest.mark.parametrize("page_size", (2, 16, 64, 69))
+@pytest.mark.parametrize("name", POOLS)
+def test_append(kernels, name, page_size):
+    """Random rows, and slots that do not exist: of the pool only the bytes of the tokens change."""
+    rng = np.random.default_rng(page_size)
+    num_pages = max(3, 30 // page_size)
+    tokens = num_pages * page_size
+    cache = random_pool(rng, name, num_pages, page_size)
+    nowhere = [-1, -2, -page_size, -(2**31), tokens, tokens + 1, 2**31 - 1]
+    exist = np.concatenate([[0, tokens - 1], 1 + rng.permutation(tokens - 2)[:10]])
+    slots = rng.permutation(np.concatenate([exist, nowhere])).astype(np.int32)
+    channels = describe(cache, name)[0]["latent"].count
+    size = np.exp2(rng.uniform(-20, 12, (len(slots), channels // 64))).repeat(64, -1)
+    latent = (rng.standard_normal((len(slots), channels)) * size).astype(jnp.bfloat16)
+    rope = rng.standard_normal((len(slots), 64)).astype(jnp.bfloat16)
+    append_and_compare(kernels, name, page_size, "bfloat16", latent, rope, slots, cache)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ("bf16", "f16", "fp8_v32", "fp8_v4"))
+def test_append_of_special_rows(kernels, name, dtype):
+    rng = np.random.default_rng(0)
+    cache = random_pool(rng, name, 3, 16)
+    latent = special_rows(describe(cache, name)[0]["latent"].count, dtype)
+    if not describe(cache, name)[0].is_fp8 and dtype == "float32":
+        latent[np.abs(latent) < jnp.finfo(cache.dtype).tiny] = 0  # jnp on the CPU takes subnormal numbers for 0
+    rope = rng.standard_normal((len(latent), 64)).astype(dtype)
+    slots = rng.permutation(48)[: len(latent)].astype(np.int32)
+    append_and_compare(kernels, name, 16, dtype, latent, rope, slots, cache)
+
+
+def emulate_gather(kernels, name, cache, table, lengths, total):
+    fmt, _, pool = describe(cache, name)
+    dtype = jnp.bfloat16 if fmt.is_fp8 else cache.dtype
+    out = np.full((len(table), total, fmt.head_dim), np.nan, dtype)
+    pointers = (x.ctypes.data for x in (table, lengths, out))
+    params = GatherParams(pool, *pointers, *table.shape, total, None)
+    assert kernels.emulate_gather(ctypes.byref(params)) is None
+    return out
+
+
+def reference_gather(cache, table, lengths, total):
+    return np.asarray(reference.gather(*map(jnp.asarray, (cache, table, lengths)), total=total)[0])
+
+
+@pytest.mark.parametrize(
+    "name, page_size",
+    [
+        *((name, page_size) for name in ("bf16", "fp8_v32", "fp8_v4") for page_size in (2, 16, 64, 69)),
+        *((name, 16) for name in ("bf16_512", "f16", "fp8_v4_padded")),
+    ],
+)
+def test_gather(kernels, name, page_size):
+    """Two batches; lengths and pages that are none, no room for the last sequences of one, zeros behind the other's."""
+    rng = np.random.default_rng(page_size)
+    cache = random_pool(rng, name, 5, page_size)
+    if describe(cache, name)[0].is_fp8:  # numbers that no computation takes for 0, and codes of NaN
+        rows = rng.standard_normal((5 * page_size, describe(cache, name)[0].head_dim), np.float32)
+        slots = jnp.arange(5 * page_size, dtype=jnp.int32)
+        (cache,) = reference.append(*map(jnp.asarray, (cache, rows[:, :-64], rows[:, -64:])), slots)
+        cache = np.array(cache)
+        cache.reshape(5, -1)[:, [3, 70]] = 0x7F, 0xFF
+    table = np.array([[[0, 3], [2**31 - 1, 1], [-1, 5], [2, 4]], [[1, 0], [4, 2], [3, 3], [0, 1]]], np.int32)
+    lengths = np.array([[page_size + 1, page_size // 8 + 2, 3, 2**31 - 1], [1, 0, -5, page_size]], np.int32)
+    total = page_size + page_size // 8 + 12
+    out = emulate_gather(kernels, name, cache, table, lengths, total)
+    expected = reference_gather(cache, table, lengths, total)
+    assert out.dtype == expected.dtype
+    nan = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(out.astype(np.float32)), nan)
+    np.testing.assert_array_equal(out.view(np.uint16)[~nan], expected.view(np.uint16)[~nan])
+
+
+def test_gather_of_many_sequences(kernels):
+    """More sequences than a CTA sums up at once, most of them empty, and a sum of lengths beyond 2**31."""
+    rng = np.random.default_rng(0)
+    cache = random_pool(rng, "bf16", 7, 2)
+    lengths = (rng.integers(0, 3, 600) * (rng.random(600) < 0.2)).astype(np.int32)[None]
+    lengths[0, 590:] = 2**31 - 1
+    table = rng.integers(-1, 8, (1, 600, 2), np.int32)
+    for total in (1, int(lengths[0, :590].sum()) + 30):
+        out = emulate_gather(kernels, "bf16", cache, table, lengths, total)
+        expected = reference_gather(cache, table, lengths, total)
+        np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
+
+
+def test_append_then_gather(kernels):
+    """Rows of a plain pool come back bit for bit; wide chunks of rows, a CTA each."""
+    rng = np.random.default_rng(0)
+    cache = random_pool(rng, "bf16", 2, 64)
+    rows = rng.integers(0, 2**16, (100, 576), np.uint16)
+    latent, rope = np.ascontiguousarray(rows[:, :512]), np.ascontiguousarray(rows[:, 512:])
+    slots = np.arange(100, dtype=np.int32)
+    _, _, pool = describe(cache, "bf16")
+    params = AppendParams(pool, latent.ctypes.data, rope.ctypes.data, slots.ctypes.data, 100, 0, None)
+    assert kernels.emulate_append(ctypes.byref(params)) is None
+    out = emulate_gather(kernels, "bf16", cache, np.array([[[0, 1]]], np.int32), np.array([[100]], np.int32), 100)
+    np.testing.assert_array_equal(out.view(np.uint16)[0], rows)

@@ -703,6 +703,10 @@ BASE = {
 }  # fmt: skip
 
 REFUSED = [
+    ("append_kv_cache", dict(implementation="gpu"), ValueError, "implementation must be None, 'cuda' or 'xla', got 'gpu'"),
+    ("append_kv_cache", dict(implementation="cuda"), RuntimeError, "append: implementation='cuda' needs a Hopper GPU"),
+    ("gather_kv_cache", dict(implementation="gpu"), ValueError, "implementation must be None, 'cuda' or 'xla', got 'gpu'"),
+    ("gather_kv_cache", dict(implementation="cuda"), RuntimeError, "gather: implementation='cuda' needs a Hopper GPU"),
     ("append_kv_cache", dict(format="fp8"), ValueError, "format must be one of 'bf16', 'f16', 'fp8_v32', 'fp8_v4', got 'fp8'"),
     ("append_kv_cache", dict(format=None), ValueError, "format must be one of .* got None"),
     ("append_kv_cache", dict(cache=[1]), TypeError, "cache must be an array .* got list; make it with init_kv_cache"),

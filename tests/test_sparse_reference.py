@@ -401,7 +401,10 @@ BASE = dict(
     is_fp8_kvcache=True, indices=i32(2, 1, 8),
 )  # fmt: skip
 EXTRA = dict(extra_k_cache=u8(2, 4, 1, 656), extra_indices_in_kvcache=i32(2, 1, 3))
-KERNEL = "sparse_decode: implementation='cuda' cannot be used: this version of jax_flashmla has no CUDA kernel for sparse decode; use implementation=None or 'xla'"
+KERNEL = "sparse_decode: implementation='cuda' needs a Hopper GPU .* and was lowered for another platform"
+FLOAT32 = (
+    "sparse_decode: implementation='cuda' cannot be used: the kernel takes bfloat16 and float16, got q in float32; use"
+)
 
 REFUSED = {
     "q_rank": (dict(q=z(2, 4, 576)), ValueError, r"q must have the axes \[b, s_q, h_q, d_qk\]"),
@@ -437,15 +440,16 @@ REFUSED = {
     "extra_length": (EXTRA | dict(extra_topk_length=i32(1)), ValueError, r"extra_topk_length must have shape \[b\] = \(2,\)"),
     "plan": (dict(tile_scheduler_metadata=i32(4, 8), num_splits=i32(3)), NotImplementedError, "^tile_scheduler_metadata is not supported: .* takes no plan"),
     "descale": (dict(descale_k=z(1, dtype=np.float32)), NotImplementedError, "^descale_k is not supported"),
-    "cuda_fp8": (dict(implementation="cuda"), ValueError, KERNEL),
-    "cuda_bf16": (dict(implementation="cuda", k_cache=z(3, 16, 1, 576), is_fp8_kvcache=False), ValueError, KERNEL),
+    "cuda_fp8": (dict(implementation="cuda"), RuntimeError, KERNEL),
+    "cuda_bf16": (dict(implementation="cuda", k_cache=z(3, 16, 1, 576), is_fp8_kvcache=False), RuntimeError, KERNEL),
+    "cuda_f32": (dict(implementation="cuda", q=z(2, 1, 4, 576, dtype=np.float32)), ValueError, FLOAT32),
     "no_indices": (dict(indices=None), NotImplementedError, "^is_fp8_kvcache is not supported: without indices"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("changed, error, match", REFUSED.values(), ids=REFUSED.keys())
 def test_refusals(changed, error, match):
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match), jax.default_device(jax.devices("cpu")[0]):
         flash_mla_with_kvcache(**(BASE | changed))
 
 

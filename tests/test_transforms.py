@@ -16,8 +16,10 @@ from jax.sharding import PartitionSpec as P
 from jax_flashmla import EXPORT_SAFE, flash_mla_with_kvcache, get_mla_metadata, kvcache, testing
 from jax_flashmla._primitive import OPS
 from jax_flashmla.cases import Case
+from jax_flashmla.ops.append import batch as fold_append
 from jax_flashmla.ops.dense_decode import TARGET as DECODE
 from jax_flashmla.ops.dense_decode import batch as fold_decode
+from jax_flashmla.ops.gather import batch as fold_gather
 from jax_flashmla.ops.schedule import TARGET as SCHEDULE
 
 CASE = Case("transforms", (70, 0, 129, 64), s_q=2, h_q=8, causal=True)
@@ -46,9 +48,24 @@ def attend_to(q, indices, topk_length, cache=BYTES, **kwargs):
     return flash_mla_with_kvcache(q, cache, None, None, 512, **options, **kwargs)
 
 
+NEW = np.random.default_rng(0).standard_normal((4, 512), np.float32), np.ones((4, 64), np.float32)
+SLOTS = np.array([70, -1, 3, 700], np.int32)
+
+
+def write_new(latent, rope, slots, cache=BYTES, **kwargs):
+    return kvcache.append_kv_cache(cache, latent, rope, slots, format="fp8_v32", **kwargs)
+
+
+def read_all(table, lengths, cache=BYTES, **kwargs):
+    rows = kvcache.gather_kv_cache(cache, table, lengths, total=150, format="fp8_v32", **kwargs)
+    return jnp.nan_to_num(rows)  # rolled tables point at slots that hold NaN
+
+
 # One entry per op; a new op without one fails `test_every_op_has_an_example`.
 EXAMPLES = {
+    "append": (write_new, (*NEW, SLOTS)),
     "dense_decode": (decode, (Q, TABLE, LENGTHS)),
+    "gather": (read_all, (TABLE, LENGTHS)),
     "schedule": (plan, (LENGTHS,)),
     "sparse_decode": (attend_to, (Q, INDICES, COUNTS)),
 }
@@ -128,7 +145,7 @@ def test_export_round_trip(name, platforms, cuda_build):
     exported = export.export(jax.jit(f), platforms=platforms, disabled_checks=EXPORT_SAFE)(*args)
     again = export.deserialize(exported.serialize())
     assert again.platforms == platforms
-    assert ("jax_flashmla." in again.mlir_module()) == ("cuda" in platforms and OPS[name].target is not None)
+    assert ("jax_flashmla." in again.mlir_module()) == ("cuda" in platforms and not OPS[name].on_request)
     assert_same(again.call(*args), f(*args))
 
 
@@ -339,6 +356,49 @@ def test_cuda_lowering_of_plans(cuda_build):
 def test_cuda_lowering_of_float32_takes_the_reference(cuda_build):
     f = functools.partial(decode, pool=POOL.astype(np.float32))
     assert "jax_flashmla" not in lowered_for_cuda(f, Q.astype(np.float32), TABLE, LENGTHS)
+
+
+def test_cuda_lowering_of_cache_operations(cuda_build):
+    """One call, which writes into its operand; vmap folds pools, tokens and tables into one call as well."""
+    append, gather = OPS["append"].target, OPS["gather"].target
+    alias = r"output_operand_aliases = \[#stablehlo\.output_operand_alias<.*operand_index = 0"
+    write = functools.partial(write_new, implementation="cuda")
+    (call,) = [line for line in lowered_for_cuda(write, *NEW, SLOTS).splitlines() if f"@{append}(" in line]
+    assert re.search(alias, call) and f"tensor<{'x'.join(map(str, BYTES.shape))}xui8>" in call
+    new = [np.stack([x, x, x]) for x in (*NEW, SLOTS, BYTES)]
+    (call,) = [line for line in lowered_for_cuda(jax.vmap(write), *new).splitlines() if f"@{append}(" in line]
+    assert "tensor<12x512xf32>, tensor<12x64xf32>, tensor<12xi32>" in call
+    mixed = lowered_for_cuda(write, NEW[0].astype(jnp.bfloat16), NEW[1], SLOTS)
+    assert "tensor<4x512xf32>, tensor<4x64xf32>" in mixed  # the kernel takes one dtype for both
+
+    read = functools.partial(read_all, implementation="cuda")
+    (call,) = [line for line in lowered_for_cuda(read, TABLE, LENGTHS).splitlines() if f"@{gather}(" in line]
+    assert "tensor<1x4x4xi32>, tensor<1x4xi32>" in call and "tensor<1x150x576xbf16>" in call
+    tables = np.stack([TABLE, TABLE])
+    text = lowered_for_cuda(jax.vmap(read, in_axes=(0, None)), tables, LENGTHS)
+    assert text.count(f"@{gather}(") == 1 and "tensor<2x150x576xbf16>" in text
+
+
+def test_vmap_folds_caches():
+    """What the kernels get under vmap: pools one behind the other, and slots and pages that move along."""
+    slots = np.array([[3, -1], [8, 7], [0, 2**31 - 1]], np.int32)
+    seen = []
+
+    def bind(*operands):
+        seen.append(operands)
+        return [operands[0]]
+
+    pools = jnp.zeros((3, 2, 4, 1, 576), jnp.bfloat16)
+    operands = pools, jnp.zeros((3, 2, 512)), jnp.zeros((2, 64)), slots
+    (cache,) = fold_append(bind, 3, operands, [True, True, False, True])
+    assert cache.shape == pools.shape and seen[0][0].shape == (6, 4, 1, 576) and seen[0][2].shape == (6, 64)
+    assert seen[0][3].tolist() == [3, -1, -1, 15, 16, -1]
+    tables = np.array([[[0, 2]], [[1, -1]], [[2**31 - 1, 1]]], np.int32)[:, None]
+    fold_gather(bind, 3, (pools, tables, np.ones((1, 1), np.int32)), [True, True, False])
+    assert seen[1][1].tolist() == [[[0, -1]], [[3, -1]], [[-1, 5]]] and seen[1][2].shape == (3, 1)
+    with pytest.raises(ValueError, match=r"append: the caches of all elements.*fewer than 2\*\*31 tokens"):
+        big = jax.ShapeDtypeStruct((3, 2**18, 2**12, 1, 576), jnp.bfloat16)
+        jax.eval_shape(lambda *x: fold_append(bind, 3, x, [True] * 4), big, *operands[1:])
 
 
 CACHE_SCRIPT = """

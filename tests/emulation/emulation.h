@@ -35,6 +35,9 @@ struct dim3 {
 inline thread_local dim3 threadIdx, blockIdx, gridDim;
 using std::max, std::min;
 
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -46,6 +49,7 @@ struct float4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 struct __nv_bfloat16 {
@@ -195,6 +199,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   });
 }
 inline int __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline int __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == ~0u; }
 inline int __reduce_add_sync(unsigned, int x) {
   return emulation::together(x, [](auto of) {
     int sum = 0;
@@ -202,4 +207,13 @@ inline int __reduce_add_sync(unsigned, int x) {
     return sum;
   });
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  return emulation::together(x, [](auto of) {
+    unsigned any = 0;
+    for (int i = 0; i < 32; ++i) any |= of(i);
+    return any;
+  });
+}
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }

@@ -16,6 +16,10 @@ inline uint4 load_shared(uint32_t address) {
   std::memcpy(&v, emulation::shared_memory + address, 16);
   return v;
 }
+template <class Vector>
+void store_shared(uint32_t address, const Vector& v) {
+  std::memcpy(emulation::shared_memory + address, &v, sizeof(v));
+}
 inline int lane_again() { return emulation::lane(); }
 
 }  // namespace jax_flashmla

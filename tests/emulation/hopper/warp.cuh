@@ -3,9 +3,10 @@
 
 namespace jax_flashmla {
 
-inline int warp_scan(int value) {
+template <class T>
+T warp_scan(T value) {
   return emulation::together(value, [](auto of) {
-    int sum = 0;
+    T sum = 0;
     for (int i = 0; i <= emulation::lane(); ++i) sum += of(i);
     return sum;
   });

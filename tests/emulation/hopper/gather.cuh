@@ -1,0 +1,48 @@
+#pragma once
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "emulation.h"
+#include "hopper/barrier.cuh"
+#include "hopper/shared.cuh"
+
+namespace jax_flashmla {
+
+template <int kBytes, int kAlign = kBytes, class T>
+void gather_into(T& to, const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % kAlign) std::fprintf(stderr, "gather: an address that is not aligned\n"), std::abort();
+  std::memcpy(&to, p, kBytes);
+}
+inline uint4 gather16(const void* p) {
+  uint4 v;
+  gather_into<16>(v, p);
+  return v;
+}
+inline uint2 gather8(const void* p) {
+  uint2 v;
+  gather_into<8>(v, p);
+  return v;
+}
+template <int kBytes>
+uint32_t gather_word(const void* p, bool there, uint32_t otherwise) {
+  uint32_t v = 0;
+  if (!there) return otherwise;
+  gather_into<kBytes>(v, p);
+  return v;
+}
+template <int kAlign>
+uint4 gather(const void* p, bool there) {
+  uint4 v{};
+  if (there) gather_into<16, kAlign>(v, p);
+  return v;
+}
+template <int kAlign>
+void copy_async(uint32_t to, const void* p, bool there) {
+  store_shared(to, gather<kAlign>(p, there));
+}
+inline void barrier_arrive_behind_copies(Barrier& bar) { barrier_arrive(bar); }
+// Reads what it points to, so that an address out of bounds shows.
+inline void prefetch_l2(const void* p) { [[maybe_unused]] volatile char read = *static_cast<const char*>(p); }
+
+}  // namespace jax_flashmla
