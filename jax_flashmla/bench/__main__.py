@@ -14,12 +14,14 @@ from pathlib import Path
 
 from .. import _native, testing
 from ..__main__ import leave_source_tree, machine
-from . import dense_decode, end_to_end, protocol, report, schedule, sharding
+from . import append, dense_decode, end_to_end, gather, protocol, report, schedule, sharding
 
 OPS: dict[str, protocol.Op] = {
     "dense_decode": dense_decode,
     "end_to_end": end_to_end,
     "schedule": schedule,
+    "append": append,
+    "gather": gather,
     "sharding": sharding,
 }
 AGREEMENT = 1e-3  # cosine difference above which two contenders did not compute the same thing

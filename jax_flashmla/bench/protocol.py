@@ -63,6 +63,7 @@ class Work(NamedTuple):
     flops: float
     bytes: float
     contenders: Mapping[str, Callable[[], Chain]]  # ours first
+    ceiling: str = "read"  # "copy" where as much is written as read
 
 
 class Setup(NamedTuple):
@@ -292,6 +293,6 @@ def ceilings(mode: Mode, gauge: Gauge | None = None, small: bool = False) -> Cei
     )
 
 
-def roofline(flops: float, moved: float, us: float, limits: Ceilings) -> float:
-    """Share of the speed that the nearer of the two ceilings allows."""
-    return max(flops / (limits.matmul * 1e12), moved / (limits.read * 1e9)) / (us * 1e-6)
+def roofline(flops: float, moved: float, us: float, limits: Ceilings, ceiling: str = "read") -> float:
+    """Share of the speed that the nearer of the two ceilings allows: products, and one for memory."""
+    return max(flops / (limits.matmul * 1e12), moved / (getattr(limits, ceiling) * 1e9)) / (us * 1e-6)

@@ -22,7 +22,7 @@ def make_row(op: str, work: Work, mode: str, times: dict[str, Timing], limits: C
         rates = {
             "tflops": work.flops / ours.us / 1e6,
             "gbps": work.bytes / ours.us / 1e3,
-            "roofline": roofline(work.flops, work.bytes, ours.us, limits),
+            "roofline": roofline(work.flops, work.bytes, ours.us, limits, work.ceiling),
         }
     return {
         "op": op,
