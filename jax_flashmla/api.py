@@ -115,7 +115,8 @@ def flash_mla_with_kvcache(
       num_splits: int32 `[b + 1]` from `get_mla_metadata`; None plans inside. None with `indices`.
       softmax_scale: static number; None means `d_qk ** -0.5`.
       causal: static; query token i sees the keys `j <= cache_seqlens - s_q + i`. False with `indices`.
-      is_fp8_kvcache: static; whether the caches are in an fp8 format. Needs `indices`.
+      is_fp8_kvcache: static; whether the caches are in an fp8 format. Needs `indices`. The kernel reads the code of NaN
+        as 480 times its scale.
       indices: int32 `[b, s_q, topk]`, slots `page * page_size + offset`, from `kvcache.topk_to_slots`. Negative and too
         large ones are ignored, wherever they stand; one that stands twice counts twice.
       attn_sink: float32 `[h_q]`, with `indices` only: out is multiplied by `exp(lse) / (exp(lse) + exp(attn_sink))`, so
