@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import functools
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,8 @@ def check_cache(format: str, page_size: int, padded: bool) -> bool:
     lengths = np.array([page_size + 1, 2 * page_size, 2**31 - 1, -5], np.int32)
 
     def run(implementation: str) -> list[np.ndarray]:
-        append = functools.partial(kvcache.append_kv_cache, format=format, implementation=implementation)
-        gather = functools.partial(kvcache.gather_kv_cache, format=format, implementation=implementation)
+        append: Any = functools.partial(kvcache.append_kv_cache, format=format, implementation=implementation)
+        gather: Any = functools.partial(kvcache.gather_kv_cache, format=format, implementation=implementation)
         written = append(cache, latent, rope, slots)
         rows = gather(written, table, lengths, total=5 * page_size + 3)
         return [np.asarray(x).view(np.uint8) for x in (written, rows)]
@@ -91,9 +92,10 @@ def check_sparse(format: str, page_size: int, padded: bool, h_q: int, d_qk: int)
     head_dim = None if fp8 else d_qk
     rows = rng.standard_normal((4 * page_size, d_qk), np.float32)
     slots = np.arange(4 * page_size, dtype=np.int32)
+    append: Any = kvcache.append_kv_cache
     with on_cpu():
-        cache = kvcache.init_kv_cache(4, format, page_size=page_size, padded=padded, head_dim=head_dim)
-        cache = kvcache.append_kv_cache(cache, rows[:, :-64], rows[:, -64:], slots, format=format)
+        cache: Any = kvcache.init_kv_cache(4, format, page_size=page_size, padded=padded, head_dim=head_dim)
+        cache = append(cache, rows[:, :-64], rows[:, -64:], slots, format=format)
     cache = np.asarray(cache)
     q = rng.standard_normal((3, 1, h_q, d_qk)).astype(np.float16 if format == "f16" else jnp.bfloat16)
     indices, extra = (rng.integers(-2, 4 * page_size + 2, (3, 1, n), np.int32) for n in (900, 70))
@@ -101,7 +103,8 @@ def check_sparse(format: str, page_size: int, padded: bool, h_q: int, d_qk: int)
     sink = rng.standard_normal(h_q).astype(np.float32)
 
     def run(implementation: str) -> list[np.ndarray]:
-        results = flash_mla_with_kvcache(
+        decode: Any = flash_mla_with_kvcache
+        results = decode(
             q, cache, None, None, 512, is_fp8_kvcache=fp8, indices=indices, topk_length=lengths, attn_sink=sink,
             extra_k_cache=cache, extra_indices_in_kvcache=extra, extra_topk_length=lengths // 13,
             implementation=implementation,
