@@ -59,7 +59,20 @@ struct DenseDecodeParams : DecodeParams {
   int num_pages, page_size, max_pages;  // max_len = max_pages * page_size, capped to int
 };
 
-enum class KVFormat { kPlain, kFp8V32, kFp8V4 };  // plain: rows of the dtype; fp8: jax_flashmla/kvcache/formats.py
+enum class KVFormat { kPlain, kFp8V32, kFp8V4 };  // plain: rows of the dtype
+
+// Where the bytes of a token of fp8 are: kRow in its row, with kLatent channels that share scales in tiles of kTile, and the roped channels at kRope.
+// jax_flashmla/kvcache/formats.py has the same table, and the emulated tests compare them byte for byte.
+template <KVFormat kFormat>
+struct Fp8Layout;
+template <>
+struct Fp8Layout<KVFormat::kFp8V32> {
+  static constexpr int kLatent = 512, kTile = 128, kRow = 656, kScale = 512, kRope = 528;
+};
+template <>
+struct Fp8Layout<KVFormat::kFp8V4> {  // behind the rows of a page 8 bytes a token: 7 scales and one that is 0; then, perhaps, up to a multiple of kPadding
+  static constexpr int kLatent = 448, kTile = 64, kRow = 576, kScaleRow = 8, kRope = 448, kPadding = 576;
+};
 
 // A pool, and which of its slots the query tokens attend to.
 struct SparseSource {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "attention/softmax.cuh"
+#include "attention/pack.cuh"
 #include "hopper/math.cuh"
 
 namespace jax_flashmla {

@@ -3,12 +3,10 @@
 // Accumulator layout: warp w, lane l holds rows 16w + l/4 and + 8, columns 8i + 2(l%4) and + 1 as s[4i + 2r + e] (r row, e column).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstdint>
 
+#include "attention/pack.cuh"
 #include "hopper/math.cuh"
 
 namespace jax_flashmla {
@@ -67,19 +65,6 @@ __device__ __forceinline__ bool update_reference(const float (&s)[32], float sca
     if (grew) reference[r] = top[r] * scale_log2;
   }
   return true;
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pack(float a, float b);
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float a, float b) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-  return reinterpret_cast<const uint32_t&>(v);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float a, float b) {
-  const __half2 v = __floats2half2_rn(a, b);
-  return reinterpret_cast<const uint32_t&>(v);
 }
 
 // Half `kPart` of s (32 columns) becomes probabilities, packed as half of the A operand of the output product; sum[r] += this thread's share of the row.

@@ -2,37 +2,30 @@
 
 #include <cstdint>
 #include <limits>
-#include <string>
 
 #include "ffi/check.h"
 #include "ffi/handlers.h"
+#include "ffi/pool.h"
 
 namespace jax_flashmla {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
-constexpr int64_t kV32TokenBytes = 656, kV4TokenBytes = 584, kV4PagePadding = 576;
 
 // A pool and the list of entries in it; an operand that is not used has no elements.
 static ffi::Error set_source(SparseSource& source, const SparseDecodeParams& p, ffi::AnyBuffer cache, ffi::Buffer<ffi::S32> indices,
                              ffi::Buffer<ffi::S32> topk_length) {
-  const auto kd = cache.dimensions(), id = indices.dimensions();
-  FFI_CHECK((kd.size() == 4 && kd[2] == 1) || (kd.size() == 2 && p.format == KVFormat::kFp8V4),
-            "sparse_decode: k_cache [P, page_size, 1, d_qk or bytes of a token]; fp8_v4 also [P, bytes of a page]");
+  KVPool pool;
+  if (ffi::Error error = read_pool(cache, pool); error.failure()) return error;
+  FFI_CHECK(pool.format == p.format && (pool.format != KVFormat::kPlain || pool.latent + 64 == p.d_qk), "sparse_decode: the width of k_cache");
+  const auto id = indices.dimensions();
   FFI_CHECK(id.size() == 3 && id[0] * id[1] == p.b && id[1] == p.tokens && id[2] <= kIntMax - kBlockTokens, "sparse_decode: indices [b, s_q, topk]");
   FFI_CHECK(topk_length.element_count() == 0 || topk_length.element_count() == size_t(p.b), "sparse_decode: topk_length [b * s_q] or nothing");
-  const int64_t token_bytes = p.format == KVFormat::kFp8V32 ? kV32TokenBytes : p.format == KVFormat::kFp8V4 ? kV4TokenBytes : 2 * p.d_qk;
-  const int64_t item_bytes = p.format == KVFormat::kPlain ? 2 : 1;
-  source.page_bytes = item_bytes * (kd.size() == 2 ? kd[1] : kd[1] * kd[3]);
-  const int64_t page_size = kd.size() == 2 ? kd[1] / kV4TokenBytes : kd[1];
-  FFI_CHECK(page_size >= 1 && page_size <= kIntMax && source.page_bytes % 8 == 0 && source.page_bytes - page_size * token_bytes < kV4PagePadding &&
-                (kd.size() == 2 || kd[3] * item_bytes == token_bytes),
-            "sparse_decode: the bytes of a page of k_cache");
-  FFI_CHECK(kd[0] >= 1 && kd[0] <= kIntMax / page_size, "sparse_decode: the pool needs 1 to 2147483647 slots");
-  source.cache = cache.untyped_data();
+  source.cache = pool.data;
+  source.page_size = pool.page_size, source.page_bytes = pool.page_bytes, source.slots = int64_t(pool.num_pages) * pool.page_size;
   source.indices = indices.typed_data();
   source.topk_length = topk_length.element_count() ? topk_length.typed_data() : nullptr;
-  source.topk = int(id[2]), source.page_size = int(page_size), source.slots = kd[0] * page_size;
+  source.topk = int(id[2]);
   return ffi::Error::Success();
 }
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void barrier_wait(Barrier& bar, uint32_t parity) {
 __device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Ordinary stores to shared memory become visible to wgmma and TMA only after this, executed by the storing thread.
+// Ordinary stores to shared memory become visible to wgmma and TMA only after this, executed by the storing thread or by one that has waited for it.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace jax_flashmla

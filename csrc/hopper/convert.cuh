@@ -1,4 +1,4 @@
-// Numbers of 8 and 16 bits to and from float32, in pairs, the first one in the low bits. PTX ISA: "cvt".
+// Numbers of 8 bits to and from float32, and of 16 bits to float32 (attention/pack.cuh goes back), in pairs, the first one in the low bits. PTX ISA: "cvt".
 #pragma once
 
 #include <cstdint>
@@ -10,16 +10,6 @@ __device__ __forceinline__ uint32_t to_e4m3x2(float low, float high) {
   uint16_t codes;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
   return codes;
-}
-__device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-__device__ __forceinline__ uint32_t to_f16x2(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
 }
 __device__ __forceinline__ float2 from_bf16x2(uint32_t pair) { return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000)); }
 __device__ __forceinline__ float2 from_f16x2(uint32_t pair) {

@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "attention/pack.cuh"
 #include "hopper/convert.cuh"
 #include "hopper/gather.cuh"
 #include "hopper/launch.cuh"
@@ -53,7 +54,7 @@ struct Chunk {
     } else {
       float x[kChunk];
       to_floats(x);
-      auto pair = [&](int i) { return std::is_same_v<Out, __half> ? to_f16x2(x[2 * i], x[2 * i + 1]) : to_bf16x2(x[2 * i], x[2 * i + 1]); };
+      auto pair = [&](int i) { return pack<Out>(x[2 * i], x[2 * i + 1]); };
       return make_uint4(pair(0), pair(1), pair(2), pair(3));
     }
   }

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include "attention/fp8.cuh"
+#include "attention/pack.cuh"
 #include "hopper/convert.cuh"
 #include "hopper/gather.cuh"
 #include "hopper/launch.cuh"
@@ -69,7 +70,7 @@ __device__ void find_tokens(const GatherParams& p, int plan, int first, int rows
 __device__ __forceinline__ uint4 dequantize_chunk(uint2 codes, float scale) {
   auto pair = [&](uint32_t two) {
     const float2 x = from_e4m3x2(two);
-    return to_bf16x2(x.x * scale, x.y * scale);
+    return pack<__nv_bfloat16>(x.x * scale, x.y * scale);
   };
   return make_uint4(pair(codes.x), pair(codes.x >> 16), pair(codes.y), pair(codes.y >> 16));
 }

@@ -1,4 +1,4 @@
-// Where a token's bytes are. jax_flashmla/kvcache/formats.py has the same table, and the emulated tests compare them byte for byte.
+// The rows of a pool, one by one.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,18 +9,6 @@ namespace jax_flashmla {
 
 constexpr int kRopeChannels = 64;
 constexpr int kChunk = 8;  // channels that a lane moves at once: 16 bytes of bfloat16, 8 of e4m3
-
-// kLatent channels that share scales in tiles of kTile. kRow bytes a token; kRope is where the roped channels stand in them.
-template <KVFormat kFormat>
-struct Fp8Layout;
-template <>
-struct Fp8Layout<KVFormat::kFp8V32> {
-  static constexpr int kLatent = 512, kTile = 128, kRow = 656, kScale = 512, kRope = 528;
-};
-template <>
-struct Fp8Layout<KVFormat::kFp8V4> {  // behind the rows of a page 8 bytes a token: 7 scales and one that is 0
-  static constexpr int kLatent = 448, kTile = 64, kRow = 576, kScaleRow = 8, kRope = 448;
-};
 
 // Chunks of a row, latent first.
 template <KVFormat kFormat>

@@ -138,16 +138,16 @@ class Gather {
     return smem_address(smem_.k[slot][t]) + (row(lane) + 8 * i) * 128 + ((chunk ^ place(lane)) << 4);
   }
 
-  // Where token i of these entries is.
-  __device__ __forceinline__ const char* find(const Entries& entries, int i, int& scales) const {
-    const auto* cache = static_cast<const char*>(entries.source ? p_.sources[1].cache : p_.sources[0].cache);
-    const unsigned index = unsigned(i ? entries.index[1] : entries.index[0]);
-    if (index >= (entries.source ? p_.sources[1].slots : p_.sources[0].slots)) return nullptr;
+  // Where token i of the next block is, and how far behind its scales.
+  __device__ __forceinline__ const char* find(int i, int& scales) const {
+    const auto* cache = static_cast<const char*>(entries_.source ? p_.sources[1].cache : p_.sources[0].cache);
+    const unsigned index = unsigned(i ? entries_.index[1] : entries_.index[0]);
+    if (index >= (entries_.source ? p_.sources[1].slots : p_.sources[0].slots)) return nullptr;
     if constexpr (kFormat == KVFormat::kFp8V4) {  // planes, and a page may be padded
-      const unsigned page_size = unsigned(entries.source ? p_.sources[1].page_size : p_.sources[0].page_size);
+      const unsigned page_size = unsigned(entries_.source ? p_.sources[1].page_size : p_.sources[0].page_size);
       const unsigned page = index / page_size, offset = index % page_size;
       scales = int((page_size - offset) * R::kBytes + offset * R::Layout::kScaleRow);
-      return cache + page * (entries.source ? p_.sources[1].page_bytes : p_.sources[0].page_bytes) + offset * R::kBytes;
+      return cache + page * (entries_.source ? p_.sources[1].page_bytes : p_.sources[0].page_bytes) + offset * R::kBytes;
     } else {
       if constexpr (kFormat == KVFormat::kFp8V32) scales = R::Layout::kScale;
       return cache + int64_t(index) * R::kBytes;
@@ -158,7 +158,7 @@ class Gather {
   __device__ __forceinline__ void prefetch(int i) const {
     const int lane = lane_again();
     int scales = 0;
-    const char* row = find(entries_, i, scales);
+    const char* row = find(i, scales);
     if (!row) return;
 #pragma unroll
     for (int o = 0; o < R::kBytes; o += 512) prefetch_l2(row + min(o + 128 * (lane & 3), R::kBytes - 1));  // lines of 128 bytes
@@ -172,7 +172,7 @@ class Gather {
     for (int i = 0; i < 2; ++i) {
       constexpr int kShare = R::kTile == 64 ? 2 : 4;
       int scales = 0;
-      row_[i] = find(entries_, i, scales);
+      row_[i] = find(i, scales);
       if (kFp8Tiles > 0) scales_[i] = gather_word<kShare>(row_[i] + scales + kShare * (lane & 3), row_[i], 0);
     }
     if constexpr (kFp8Tiles > 0) load(a_, 0);
@@ -202,8 +202,7 @@ class Gather {
 #pragma unroll
     for (int t = 0; t < 2 * Tr::kHalf; t += Tr::kHalf) {
       if (t > 0) barrier_wait(smem_.k_empty[slot][1], phase), copy(slot, kLast);
-      if (kAlign == 16) load(b, t + 2);
-      if (kAlign == 16) prefetch(t > 0);
+      if (kAlign == 16) load(b, t + 2), prefetch(t > 0);
       store<kExact>(slot, t, a_, scales);
       if (kAlign < 16) load(b, t + 2);  // twice as many loads: early they are too many for the registers
       if (t == 0)
@@ -255,8 +254,8 @@ class Gather {
   Storage<Tr>& smem_;
   const int warp_;
   const char* row_[2];  // of the block; nullptr where there is no token
-  Entries entries_;
-  Codes a_;  // sub-tiles 0 and 1 of the block, and its scales
+  Entries entries_;     // of the next block
+  Codes a_;             // sub-tiles 0 and 1 of the block, and its scales
   uint32_t scales_[2];
 };
 

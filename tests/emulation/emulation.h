@@ -58,7 +58,7 @@ struct __nv_bfloat16 {
 struct __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
-struct __half {  // only named: the emulation runs bfloat16
+struct __half {
   uint16_t bits;
 };
 struct __half2 {
@@ -70,7 +70,16 @@ inline __nv_bfloat16 to_bfloat16(float x) {
   return {std::isnan(x) ? uint16_t(0x7fff) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {to_bfloat16(x), to_bfloat16(y)}; }
-inline __half2 __floats2half2_rn(float, float) { return {}; }
+// A magnitude as a number with so many bits of mantissa and this bias, to the nearest, ties to even, and no more than `most`.
+inline uint32_t narrow(double size, int mantissa, int bias, uint32_t most) {
+  if (size == 0) return 0;
+  if (std::isinf(size)) return most;
+  const int exponent = std::max(std::ilogb(size), 1 - bias);
+  const auto steps = uint32_t(std::nearbyint(std::ldexp(size, mantissa - exponent)));
+  return min(steps + (uint32_t(exponent + bias - 1) << mantissa), most);
+}
+inline __half to_half(float x) { return {uint16_t(std::isnan(x) ? 0x7FFF : narrow(std::fabs(x), 10, 15, 0x7C00) | std::signbit(x) << 15)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {to_half(x), to_half(y)}; }
 
 using cudaError_t = int;
 using cudaStream_t = struct CUstream_st*;
