@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from . import api, checks, kvcache
 from .kvcache import arguments
 from .kvcache.formats import page_size_of
+from .kvcache.paged import batch_slots
 from .kvcache.rows import write_rows
 
 __all__ = ["MLAMesh", "context_block_table", "context_lengths", "context_positions"]
@@ -356,10 +357,8 @@ class MLAMesh:
                 block_table = context_block_table(block_table, *place, pages_per_run=self.pages_per_run)
                 options = {"page_size": page_size, "pages_per_run": self.pages_per_run}
                 positions = context_positions(positions, *place, **options)
-            b, s = positions.shape
-            sequences = jnp.repeat(jnp.arange(b, dtype=jnp.int32), s)
-            slots = kvcache.slot_mapping(positions.reshape(-1), sequences, block_table, page_size=page_size)
-            latent, rope = latent.reshape(b * s, d_latent), rope.reshape(b * s, 64)
+            slots = batch_slots(positions, block_table, page_size=page_size)
+            latent, rope = latent.reshape(slots.size, d_latent), rope.reshape(slots.size, 64)
             if format is not None:
                 return kvcache.append_kv_cache(cache, latent, rope, slots, format=format)
             rows = jnp.concatenate([latent.astype(cache.dtype), rope.astype(cache.dtype)], axis=-1)

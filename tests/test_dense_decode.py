@@ -19,7 +19,7 @@ from jax_flashmla.cases import BY_NAME, CASES, IRREGULAR, Case
 pytestmark = pytest.mark.gpu
 
 COSINE_TOLERANCE = 5e-6
-LSE_TOLERANCE = 1e-5  # relative: float32 sums of up to 4096 exponentials
+LSE_TOLERANCE = 1e-5  # relative: float32 sums of up to some thousand exponentials
 ERROR_RATIO = 2  # the kernel may round P and sum in another order than jnp, and nothing worse
 
 
@@ -46,9 +46,12 @@ def assert_same_bits(got, expected):
 
 
 def check(got, inputs, *, causal, against=None, **kwargs):
+    assert_close(got, testing.dense_decode_f64(*jax.device_get(inputs), causal=causal, **kwargs), against)
+
+
+def assert_close(got, exact, against=None):
     """`against`: the same call through the reference, in the same dtype and on the same device."""
-    out, lse = jax.device_get(got)
-    exact_out, exact_lse = testing.dense_decode_f64(*jax.device_get(inputs), causal=causal, **kwargs)
+    (out, lse), (exact_out, exact_lse) = jax.device_get(got), exact
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact_lse))
     finite = np.isfinite(exact_lse)
     np.testing.assert_allclose(lse[finite], exact_lse[finite], rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_kvcache_cuda import POOLS
 from test_schedule import BATCHES
 from test_sparse_reference import FORMATS, make_cache, make_indices, sparse_f64
 
@@ -332,14 +333,6 @@ class GatherParams(ctypes.Structure):
 
 
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # csrc/params.h
-POOLS = {  # format, width of a plain row, padded
-    "bf16": ("bf16", 576, False),
-    "bf16_512": ("bf16", 512, False),
-    "f16": ("f16", 576, False),
-    "fp8_v32": ("fp8_v32", None, False),
-    "fp8_v4": ("fp8_v4", None, False),
-    "fp8_v4_padded": ("fp8_v4", None, True),
-}
 
 
 def describe(cache, name):

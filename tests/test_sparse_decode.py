@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_dense_decode import COSINE_TOLERANCE, assert_close, assert_same_bits
 from test_sparse_reference import FORMATS, PLAIN, make_cache, make_indices, sparse_f64
 
 from jax_flashmla import flash_mla_with_kvcache, testing
 
 pytestmark = pytest.mark.gpu
 
-COSINE_TOLERANCE = 5e-6
-LSE_TOLERANCE = 1e-5  # relative: float32 sums of some thousand exponentials
-ERROR_RATIO = 2  # the kernel may round P and sum in another order than jnp, and nothing worse
 KERNEL_FORMATS = [format for format in FORMATS if format != "f32"]
 
 
@@ -60,24 +58,6 @@ def make(format, *, b=2, s_q=1, h_q=64, topk=64, pages=8, page_size=64, lengths=
     return call, functools.partial(sparse_f64, q, sources, d**-0.5, sink)
 
 
-def check(got, exact, against=None):
-    out, lse = jax.device_get(got)
-    exact_out, exact_lse = exact
-    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact_lse))
-    finite = np.isfinite(exact_lse)
-    np.testing.assert_allclose(lse[finite], exact_lse[finite], rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
-    assert np.isfinite(np.float32(out)).all()
-    assert (out.swapaxes(1, 2)[~finite] == 0).all()
-    assert testing.cosine_difference(out, exact_out) <= COSINE_TOLERANCE
-    if against is not None:
-        assert testing.max_error_ratio(out, np.asarray(against[0]), exact_out) <= ERROR_RATIO
-
-
-def assert_same_bits(got, expected):
-    for x, y in zip(jax.device_get(got), jax.device_get(expected), strict=True):
-        np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
-
-
 @pytest.mark.parametrize("h_q", [1, 8, 16, 20, 64, 128])
 @pytest.mark.parametrize(
     "s_k, topk, page_size",
@@ -89,7 +69,7 @@ def test_grid(format, s_k, topk, page_size, h_q):
     for b, s_q in ((1, 1), (4, 3)):
         sink = np.linspace(-3, 8, h_q).astype(np.float32)
         call, oracle = make(format, b=b, s_q=s_q, sink=sink, lengths=[topk, topk // 3, 0, 1][:b], **shape)
-        check(call(), oracle(), call(implementation="xla"))
+        assert_close(call(), oracle(), call(implementation="xla"))
 
 
 @pytest.mark.parametrize("format", KERNEL_FORMATS)
@@ -100,14 +80,14 @@ def test_formats(format):
         sink[:2] = [np.inf, -np.inf][:h_q]
         shape = dict(b=3, s_q=2, h_q=h_q, topk=300, pages=9, page_size=61, lengths=[300, 0, 17])
         call, oracle = make(format, sink=sink, extra=(130, 5, 7), **shape)
-        check(call(), oracle(), call(implementation="xla"))
+        assert_close(call(), oracle(), call(implementation="xla"))
 
 
 @pytest.mark.parametrize("b", [74, 321])
 @pytest.mark.parametrize("format", ["bf16", "fp8_v32", "fp8_v4"])
 def test_batches(format, b):
     call, oracle = make(format, b=b, h_q=20, topk=130, pages=20)
-    check(call(), oracle())
+    assert_close(call(), oracle())
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,7 +107,7 @@ def test_drawn_shapes(format, b, s_q, h_q, topk, pages, page_size, extra, with_l
     lengths = np.random.default_rng(seed).integers(-3, topk + 5, b) if with_lengths else None
     shape = dict(b=b, s_q=s_q, h_q=h_q, topk=topk, pages=pages, page_size=page_size)
     call, oracle = make(format, extra=extra, lengths=lengths, seed=seed, **shape)
-    check(call(), oracle())
+    assert_close(call(), oracle())
 
 
 @pytest.mark.parametrize("format", ["fp8_v32", "fp8_v4"])
@@ -140,13 +120,13 @@ def test_twenty_repetitions_are_bit_equal(format):
 
 def test_no_key_at_all():
     call, oracle = make("fp8_v32", b=2, topk=100, lengths=[0, 0])
-    check(call(), oracle())
+    assert_close(call(), oracle())
 
 
 def test_powers_of_two_take_one_multiplication_and_round_alike():
     """The fast way of dequantising against the slow one: scales that are powers of two, and scales that are not."""
     call, oracle = make("fp8_v4", b=2, topk=200)
-    check(call(), oracle(), call(implementation="xla"))
+    assert_close(call(), oracle(), call(implementation="xla"))
     codes = np.arange(256, dtype=np.uint8)
     codes = codes[(codes & 0x7F) != 0x7F]  # without the code of NaN
     rng = np.random.default_rng(0)

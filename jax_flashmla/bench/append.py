@@ -92,15 +92,17 @@ def ours(case: CacheCase, calls: tuple[int, int], sets: int, implementation: str
     return Chain(compiled(short), compiled(long), long - short)
 
 
-def work(name: str, setup: Setup) -> Work:
+def compare(run: Callable[[CacheCase, tuple[int, int], int, str], Chain], name: str, setup: Setup) -> Work:
+    """A cache operation beside itself in plain XLA."""
     case = CacheCase.parse(name)
     sets = 1 if setup.small else rotation(case.bytes)
     calls = (1, 3) if setup.small else whole_rounds(case.calls, sets)
     contenders = {
-        "jax_flashmla": functools.partial(ours, case, calls, sets, setup.implementation),
-        "jnp": functools.partial(ours, case, calls, sets, "xla"),
+        "jax_flashmla": functools.partial(run, case, calls, sets, setup.implementation),
+        "jnp": functools.partial(run, case, calls, sets, "xla"),
     }
     return Work(case.name, case._asdict(), 0.0, case.bytes, contenders, ceiling="copy")
 
 
 check = CacheCase.parse
+work = functools.partial(compare, ours)

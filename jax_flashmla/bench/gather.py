@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import kvcache
-from .append import FORMATS, NAMES, PAGE_SIZE, QUICK, CacheCase
-from .cases import rotation, whole_rounds
-from .protocol import Chain, Setup, Work, jitted
+from .append import BESIDE, FORMATS, NAMES, PAGE_SIZE, PEERS, QUICK, RATED, CacheCase, check, compare
+from .protocol import Chain, jitted
 
 __all__ = ["BESIDE", "FORMATS", "NAMES", "PEERS", "QUICK", "RATED", "check", "work"]
-
-PEERS: dict[str, Callable[[], Any]] = {}
-BESIDE = ("jnp",)
-RATED = True
-check = CacheCase.parse
 
 
 def ours(case: CacheCase, calls: tuple[int, int], sets: int, implementation: str) -> Chain:
@@ -47,12 +39,4 @@ def ours(case: CacheCase, calls: tuple[int, int], sets: int, implementation: str
     return jitted(call, (pool, jnp.asarray(lengths), *tables), calls)
 
 
-def work(name: str, setup: Setup) -> Work:
-    case = CacheCase.parse(name)
-    sets = 1 if setup.small else rotation(case.bytes)
-    calls = (1, 3) if setup.small else whole_rounds(case.calls, sets)
-    contenders = {
-        "jax_flashmla": functools.partial(ours, case, calls, sets, setup.implementation),
-        "jnp": functools.partial(ours, case, calls, sets, "xla"),
-    }
-    return Work(case.name, case._asdict(), 0.0, case.bytes, contenders, ceiling="copy")
+work = functools.partial(compare, ours)

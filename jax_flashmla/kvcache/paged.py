@@ -87,6 +87,13 @@ def slot_mapping(positions: jax.Array, sequence_ids: jax.Array, block_table: jax
     return token_slots(positions, sequence_ids, block_table, page_size)
 
 
+def batch_slots(positions: jax.Array, block_table: jax.Array, *, page_size: int) -> jax.Array:
+    """`slot_mapping` of positions `[b, s]`, those of sequence i in row i, as `[b * s]`."""
+    b, s = positions.shape
+    sequences = jnp.repeat(jnp.arange(b, dtype=jnp.int32), s)
+    return slot_mapping(positions.reshape(-1), sequences, block_table, page_size=page_size)
+
+
 def topk_to_slots(ids: jax.Array, block_table: jax.Array, cache_seqlens: jax.Array, *, page_size: int) -> jax.Array:
     """Turns tokens that an indexer picked into the `indices` of `flash_mla_with_kvcache`.
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .. import api, checks, kvcache
+from .. import api, checks
 from ..kvcache import rows as kvcache_rows
+from ..kvcache.paged import batch_slots
 from ..sharding import MLAMesh
 from .placement import on_mesh, place
 
@@ -187,10 +188,8 @@ def write_rows(cache: jax.Array, rows: jax.Array, block_table: jax.Array, positi
 
     In place where the cache is donated to the jitted step.
     """
-    b, s = positions.shape
-    sequences = jnp.repeat(jnp.arange(b, dtype=jnp.int32), s)
-    slots = kvcache.slot_mapping(positions.reshape(-1), sequences, block_table, page_size=cache.shape[1])
-    return kvcache_rows.write_rows(cache, rows.reshape(b * s, -1), slots)
+    slots = batch_slots(positions, block_table, page_size=cache.shape[1])
+    return kvcache_rows.write_rows(cache, rows.reshape(slots.size, -1), slots)
 
 
 class MLAAttention(nnx.Module):

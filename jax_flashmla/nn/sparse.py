@@ -13,6 +13,7 @@ from .. import checks, kvcache
 from .._primitive import match_varying
 from ..kvcache import arguments
 from ..kvcache.formats import FP8_DTYPES, FP8_V32
+from ..kvcache.paged import batch_slots
 from .mla import (
     D_LATENT,
     MLAAttention,
@@ -430,10 +431,8 @@ class SparseMLAAttention(MLAAttention):
     def _write(self, kv: jax.Array, rows: jax.Array, block_table: jax.Array, positions: jax.Array) -> jax.Array:
         if not _is_fp8(kv):
             return write_rows(kv, rows, block_table, positions)
-        b, s = positions.shape
-        sequences = jnp.repeat(jnp.arange(b, dtype=jnp.int32), s)
-        slots = kvcache.slot_mapping(positions.reshape(-1), sequences, block_table, page_size=kv.shape[1])
-        latent, rope = jnp.split(rows.reshape(b * s, -1), [D_LATENT], axis=-1)
+        slots = batch_slots(positions, block_table, page_size=kv.shape[1])
+        latent, rope = jnp.split(rows.reshape(slots.size, -1), [D_LATENT], axis=-1)
         return kvcache.append_kv_cache(kv, latent, rope, slots, format="fp8_v32")
 
     def _seen(self, x: jax.Array, compressed: jax.Array, positions: jax.Array) -> jax.Array:
