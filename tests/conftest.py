@@ -54,3 +54,18 @@ def no_cuda_build(monkeypatch):
     monkeypatch.setattr(_native, "register_cuda_targets", missing)
     monkeypatch.setattr(_native, "local_cuda_devices", list)
     _native.warn_fallback.cache_clear()
+
+
+@pytest.fixture
+def quick_compilation():
+    """XLA's optimisations cost more time than they save here."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def all_optimizations(quick_compilation):
+    """For tests that read the compiled program."""
+    jax.config.update("jax_disable_most_optimizations", False)

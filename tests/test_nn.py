@@ -43,6 +43,8 @@ TABLE = np.array([[5, 0, 7, -1], [1, 6, 2, 2147480000]], np.int32)
 NUM_PAGES = 8
 TOLERANCE = 1e-4
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 every_config = pytest.mark.parametrize("name", nn_checkpoints.CONFIGS)
 
 
@@ -272,7 +274,7 @@ def test_layer_under_jit_and_scan(layer):
     np.testing.assert_allclose(cache, cache_at_once, atol=1e-5, rtol=1e-5)
 
 
-def test_donated_caches_are_not_copied(load):
+def test_donated_caches_are_not_copied(load, all_optimizations):
     model = load("v2_lite")
     graphdef, state = nnx.split(model)
     step = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args), donate_argnums=2)
@@ -482,7 +484,7 @@ def test_model_on_a_mesh(roles, kind, load):
 
 
 @MESH_KINDS
-def test_layer_on_two_axes(kind):
+def test_layer_on_two_axes(kind, all_optimizations):
     """Heads and batch, each over two devices, inside of a scan; parameters are those of one device."""
     options = {"q_lora_rank": 16, "dtype": jnp.float32}
     alone = MLAAttention(32, 4, **options, rngs=nnx.Rngs(0))

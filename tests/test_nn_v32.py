@@ -42,20 +42,7 @@ TABLE = np.array([[5, 0, 7, -1], [1, 6, 2, 2147480000]], np.int32)
 NUM_PAGES = 8
 TOLERANCE = 1e-4
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """XLA's optimisations cost more time than they save here."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def all_optimizations(quick_compilation):
-    """For tests that read the compiled program."""
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
