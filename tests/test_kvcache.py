@@ -176,14 +176,19 @@ def test_scales(format, tile):
         np.testing.assert_array_equal(scales, [2.0**exponent] * (n - 1) + [2.0**-13])
 
 
-def test_non_finite_channels_stay_alone():
-    latent = np.full((1, 512), 3.0, np.float32)
-    latent[0, [5, 130, 131]] = [np.nan, np.inf, -np.inf]
-    keys = np.asarray(
-        kvcache.dequantize_kv(kvcache.quantize_kv(latent, latent[:, :64], format="fp8_v32"), format="fp8_v32")
-    )
-    np.testing.assert_array_equal(np.isnan(keys[0, :512].astype(np.float32)), ~np.isfinite(latent[0]))
-    assert (keys[0, :512][np.isfinite(latent[0])] == 3).all()
+@pytest.mark.parametrize("format, tile", [("fp8_v32", 128), ("fp8_v4", 64)])
+def test_a_non_finite_channel_makes_its_tile_nan(format, tile):
+    """In the scale as well: the kernel of sparse decode looks there alone."""
+    latent = np.full((3, LATENT[format]), 3.0, np.float32)
+    latent[[0, 1, 2], [5, 130, 131]] = [np.nan, np.inf, -np.inf]
+    rows = kvcache.quantize_kv(latent, latent[:, :64], format=format)
+    keys = np.asarray(kvcache.dequantize_kv(rows, format=format), np.float32)[:, : LATENT[format]]
+    bad = np.repeat(~np.isfinite(latent.reshape(3, -1, tile)).all(axis=-1), tile, axis=-1)
+    np.testing.assert_array_equal(keys, np.where(bad, np.nan, 3))
+    layout = kvcache.FORMATS[format]
+    start = sum(field.nbytes for field in layout.fields[: [field.name for field in layout.fields].index("scale")])
+    scales = kvcache.quantize.from_bytes(rows[:, start : start + layout["scale"].nbytes], layout["scale"].dtype)
+    np.testing.assert_array_equal(np.isnan(np.asarray(scales, np.float32)), bad[:, ::tile])
 
 
 @drawn(max_examples=30)

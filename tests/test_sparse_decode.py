@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_dense_decode import COSINE_TOLERANCE, assert_close, assert_same_bits
 from test_sparse_reference import FORMATS, PLAIN, make_cache, make_indices, sparse_f64
 
-from jax_flashmla import flash_mla_with_kvcache, testing
+from jax_flashmla import flash_mla_with_kvcache, kvcache, testing
 
 pytestmark = pytest.mark.gpu
 
@@ -141,6 +141,21 @@ def test_powers_of_two_take_one_multiplication_and_round_alike():
         expected = rows[:, :512].view(jnp.float8_e4m3fn).astype(np.float64) * np.float64(np.float32(scale))
         expected = expected.astype(np.float32).astype(jnp.bfloat16)
         np.testing.assert_array_equal(np.asarray(out).reshape(64, 512), expected)
+
+
+@pytest.mark.parametrize("format, d", [("fp8_v32", 576), ("fp8_v4", 512)])
+def test_a_nan_that_was_appended_reaches_the_rows_that_see_it(format, d):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((128, d)).astype(np.float32)
+    rows[70, 200] = np.nan
+    slots = jnp.arange(128, dtype=jnp.int32)
+    cache = kvcache.init_kv_cache(2, format)
+    cache = kvcache.append_kv_cache(cache, rows[:, :-64], rows[:, -64:], slots, format=format)
+    indices = jnp.asarray(np.stack([np.arange(64), np.arange(64, 128)])[:, None], jnp.int32)
+    q = jnp.asarray(rng.standard_normal((2, 1, 16, d)), jnp.bfloat16)
+    out, lse = map(np.asarray, decode(q, cache, indices, {}))
+    assert np.isfinite(out[0].astype(np.float32)).all() and np.isfinite(lse[0]).all()
+    assert np.isnan(out[1].astype(np.float32)).all() and np.isnan(lse[1]).all()
 
 
 def test_vmap_folds():

@@ -20,7 +20,7 @@ namespace jax_flashmla {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr uint32_t kInfinity = 0x7F800000, kNaN = 0x7FC00000;
+constexpr uint32_t kInfinity = 0x7F800000, kNaN = 0x7FC00000, kNaNExponent = 255;
 
 // Eight channels as they come.
 template <class T>
@@ -60,20 +60,20 @@ struct Chunk {
   }
 };
 
-// e4m3 codes of eight channels, and the exponent of the power of two that they count in: the smallest, -13 at least, that brings the largest finite magnitude
-// of the tile to 448 or less. `lanes` neighbours have a tile; all lanes must call.
+// e4m3 codes of eight channels, and the biased exponent of the power of two that they count in: the smallest, 2^-13 at least, that brings the largest magnitude
+// of the tile to 448 or less. A tile with an infinity or a NaN becomes NaN, its scale too. kLanes neighbours have a tile; all lanes must call.
 template <int kLanes>
-__device__ __forceinline__ uint2 quantize(const float (&x)[kChunk], int& exponent) {
-  auto magnitude = [](float y) { return __float_as_uint(y) & 0x7FFFFFFF; };
+__device__ __forceinline__ uint2 quantize(const float (&x)[kChunk], uint32_t& exponent) {
   uint32_t top = 0;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) top = max(top, magnitude(x[i]) < kInfinity ? magnitude(x[i]) : 0);
+  for (int i = 0; i < kChunk; ++i) top = max(top, __float_as_uint(x[i]) & 0x7FFFFFFF);
 #pragma unroll
   for (int d = 1; d < kLanes; d *= 2) top = max(top, __shfl_xor_sync(~0u, top, d));
+  const bool finite = top < kInfinity;
   const int above = (top & 0x7FFFFF) > 0x600000;  // 448 is 1.75 * 2^8
-  exponent = max(int(top >> 23) - 127 - 8 + above, -13);
-  const float inverse = __uint_as_float(uint32_t(127 - exponent) << 23);
-  auto scaled = [&](int i) { return magnitude(x[i]) < kInfinity ? x[i] * inverse : __uint_as_float(kNaN); };
+  exponent = finite ? uint32_t(max(int(top >> 23) - 8 + above, 127 - 13)) : kNaNExponent;
+  const float inverse = __uint_as_float((254 - exponent) << 23);
+  auto scaled = [&](int i) { return finite ? x[i] * inverse : __uint_as_float(kNaN); };
   auto four = [&](int i) { return to_e4m3x2(scaled(i), scaled(i + 1)) | to_e4m3x2(scaled(i + 2), scaled(i + 3)) << 16; };
   return make_uint2(four(0), four(4));
 }
@@ -108,15 +108,15 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
       constexpr int kLanes = Layout::kTile / kChunk;
       if (32 * r < Layout::kLatent / kChunk) {
         float x[kChunk];
-        int exponent;
+        uint32_t exponent;
         chunk[r].to_floats(x);
         const uint2 codes = quantize<kLanes>(x, exponent);
         if (c < before_rope) scatter8(row.data + 8 * c, codes);
         if (lane % kLanes == 0) {
           if constexpr (kFormat == KVFormat::kFp8V32)
-            reinterpret_cast<uint32_t*>(row.scales)[c / kLanes] = uint32_t(exponent + 127) << 23;
+            reinterpret_cast<uint32_t*>(row.scales)[c / kLanes] = exponent == kNaNExponent ? kNaN : exponent << 23;
           else
-            row.scales[c / kLanes] = char(c < before_rope ? exponent + 127 : 0);  // the eighth byte, where the roped channels begin, is 0
+            row.scales[c / kLanes] = char(c < before_rope ? exponent : 0);  // the eighth byte, where the roped channels begin, is 0
         }
       }
       if (c >= before_rope && c < chunks) {

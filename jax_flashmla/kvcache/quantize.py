@@ -8,6 +8,7 @@ from . import arguments
 from .formats import KVFormat
 
 E4M3_NAN = 0x7F
+E8M0_NAN = 0xFF
 MIN_EXPONENT = -13  # ceil(log2(1e-4)): tiles of zeros and of tiny values
 BIGGEST_MANTISSA = 0x600000  # of 448 = 1.75 * 2**8, the largest e4m3 number, in float32
 
@@ -16,8 +17,8 @@ def quantize_kv(latent: jax.Array, rope: jax.Array, *, format: str) -> jax.Array
     """Turns keys into the rows that a cache of this format stores.
 
     Each tile of an fp8 latent (128 channels of `fp8_v32`, 64 of `fp8_v4`) is divided by its scale, the smallest power
-    of two, 2^-13 at least, that brings its largest finite magnitude to 448 or less, and rounded to the nearest e4m3
-    number, ties to even. Infinities and NaNs become NaN and leave the other channels of their tile alone.
+    of two, 2^-13 at least, that brings its largest magnitude to 448 or less, and rounded to the nearest e4m3 number,
+    ties to even. A tile with an infinity or a NaN becomes NaN, its scale too.
 
     Args:
       latent: bfloat16, float16 or float32 `[..., d_latent]`: 512 channels; 448 for `fp8_v4`, and for `bf16` and `f16`
@@ -78,14 +79,18 @@ def pack(latent: jax.Array, rope: jax.Array, fmt: KVFormat) -> jax.Array:
     if not fmt.is_fp8:
         return jnp.concatenate([latent.astype(fmt.dtype), rope.astype(fmt.dtype)], axis=-1)
     tiles = latent.astype(jnp.float32).reshape(*latent.shape[:-1], fmt["scale"].count, fmt.tile)
-    finite = jnp.isfinite(tiles)
-    exponent = scale_exponent(jnp.where(finite, jnp.abs(tiles), 0).max(axis=-1))
+    finite = jnp.isfinite(tiles).all(axis=-1)
+    tiles = jnp.where(finite[..., None], tiles, 0)
+    exponent = scale_exponent(jnp.abs(tiles).max(axis=-1))
     scaled = tiles * power_of_two(-exponent)[..., None]  # exact, but for what becomes 0 anyway
-    quantised = to_bytes(jnp.where(finite, scaled, 0).astype(jnp.float8_e4m3fn))
-    is_e8m0 = fmt["scale"].dtype == "float8_e8m0fnu"
-    scale = (exponent + 127).astype(jnp.uint8) if is_e8m0 else to_bytes(power_of_two(exponent))
+    quantised = to_bytes(scaled.astype(jnp.float8_e4m3fn))
+    # The scale as well as the codes: the kernel of sparse decode sees a NaN by its scale alone.
+    if fmt["scale"].dtype == "float8_e8m0fnu":
+        scale = jnp.where(finite, exponent + 127, E8M0_NAN).astype(jnp.uint8)
+    else:
+        scale = to_bytes(jnp.where(finite, power_of_two(exponent), jnp.nan))
     values = {
-        "latent": jnp.where(finite, quantised, E4M3_NAN).reshape(latent.shape),
+        "latent": jnp.where(finite[..., None], quantised, E4M3_NAN).reshape(latent.shape),
         "rope": to_bytes(rope.astype(fmt["rope"].dtype)),
         "scale": scale,
         "pad": jnp.zeros((*latent.shape[:-1], 1), jnp.uint8),

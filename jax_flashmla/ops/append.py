@@ -49,5 +49,4 @@ append = define(
     reference=reference.append,
     cuda=cuda,
     batch=batch,
-    on_request=True,  # no sanitizer has passed over it yet: docs/kernels/cache_ops.md
 )

@@ -44,5 +44,4 @@ gather = define(
     reference=reference.gather,
     cuda=cuda,
     batch=batch,
-    on_request=True,  # no sanitizer has passed over it yet: docs/kernels/cache_ops.md
 )

@@ -98,5 +98,4 @@ sparse_decode = define(
     cuda=cuda,
     batch=batch,
     unsupported=unsupported,
-    on_request=True,  # no sanitizer has passed over it yet: docs/kernels/sparse_decode.md
 )
