@@ -129,7 +129,7 @@ def test_reference(source, d, h_q, h_kv, s_kv, topk, s_q):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     source=st.sampled_from(["rows", "bf16", "fp8_v32"]),
     dtype=st.sampled_from([BF16, np.float16, np.float32]),
@@ -243,9 +243,9 @@ def test_memory_is_bounded(backward):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("h_kv", [1, 2])
-def test_gradients(h_kv):
+def test_gradients():
     """Finite in spite of NaN where no list points; they reach the rows that were named, and no others."""
+    h_kv = 2
     q, kv, keys, indices, lengths = problem(h_kv=h_kv, s_q=70, topk=20, lengths=[20, 0] * 35)
 
     def loss(q, kv, sink):

@@ -13,7 +13,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flashmla import EXPORT_SAFE, flash_mla_with_kvcache, get_mla_metadata, kvcache, testing
+from jax_flashmla import EXPORT_SAFE, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, kvcache, testing
 from jax_flashmla._primitive import OPS
 from jax_flashmla.cases import Case
 from jax_flashmla.ops.append import batch as fold_append
@@ -48,6 +48,10 @@ def attend_to(q, indices, topk_length, cache=BYTES, **kwargs):
     return flash_mla_with_kvcache(q, cache, None, None, 512, **options, **kwargs)
 
 
+def attend_to_rows(q, indices, topk_length, kv=POOL[0], **kwargs):
+    return flash_mla_sparse_fwd(q, kv, indices, None, topk_length=topk_length, **kwargs)
+
+
 NEW = np.random.default_rng(0).standard_normal((4, 512), np.float32), np.ones((4, 64), np.float32)
 SLOTS = np.array([70, -1, 3, 700], np.int32)
 
@@ -68,6 +72,7 @@ EXAMPLES = {
     "gather": (read_all, (TABLE, LENGTHS)),
     "schedule": (plan, (LENGTHS,)),
     "sparse_decode": (attend_to, (Q, INDICES, COUNTS)),
+    "sparse_prefill": (attend_to_rows, (Q[:, 0], INDICES[:, :1], COUNTS)),
 }
 every_op = pytest.mark.parametrize("name", EXAMPLES)
 

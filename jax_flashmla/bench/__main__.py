@@ -14,10 +14,23 @@ from pathlib import Path
 
 from .. import _native, testing
 from ..__main__ import leave_source_tree, machine
-from . import append, dense_decode, end_to_end, gather, protocol, report, schedule, sharding
+from . import (
+    append,
+    dense_decode,
+    end_to_end,
+    gather,
+    protocol,
+    report,
+    schedule,
+    sharding,
+    sparse_decode,
+    sparse_prefill,
+)
 
 OPS: dict[str, protocol.Op] = {
     "dense_decode": dense_decode,
+    "sparse_decode": sparse_decode,
+    "sparse_prefill": sparse_prefill,
     "end_to_end": end_to_end,
     "schedule": schedule,
     "append": append,

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import kvcache
+
 D_QK, D_V = 576, 512
 L2_BYTES = 60 * 2**20  # of an H200; an H100 has 50 MB
 MOST_SETS = 32  # enough for a sequence of 4096 tokens
@@ -150,5 +152,148 @@ def make_dense_inputs(case: DenseCase, lengths: tuple[int, int], sets: int) -> D
         normal(keys[0], (sets * int(pages_of.sum()), case.page_size, 1, D_QK)),
         [jnp.asarray(table) for table in tables],
         jnp.asarray(case.seqlens),
+        whole_rounds(lengths, sets),
+    )
+
+
+class SparseDecodeCase(NamedTuple):
+    """`b,s_q,h_q,s_k,topk`: every query token names topk of the s_k tokens of its sequence, in an fp8_v32 cache."""
+
+    b: int
+    s_q: int
+    h_q: int
+    s_k: int
+    topk: int
+
+    @classmethod
+    def parse(cls, name: str) -> SparseDecodeCase:
+        case = cls(*numbers(name, cls._fields))
+        if case.topk > case.s_k:
+            raise ValueError(f"topk must be at most s_k, got {name!r}")
+        return case
+
+    @property
+    def name(self) -> str:
+        return ",".join(map(str, self))
+
+    @property
+    def keys(self) -> int:
+        return self.b * self.s_q * self.topk
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.h_q * self.keys * (D_QK + D_V)
+
+    @property
+    def bytes(self) -> float:
+        """Every key once per query token that names it, queries, outputs."""
+        return float(self.keys * 656 + 2 * self.b * self.s_q * self.h_q * (D_QK + D_V))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {**self._asdict(), "keys": self.keys}
+
+
+class SparsePrefillCase(NamedTuple):
+    """`s_q,s_kv,topk,d_qk,h_q`: every query token names topk of s_kv bfloat16 rows, any."""
+
+    s_q: int
+    s_kv: int
+    topk: int
+    d_qk: int
+    h_q: int
+
+    @classmethod
+    def parse(cls, name: str) -> SparsePrefillCase:
+        case = cls(*numbers(name, cls._fields))
+        if case.topk > case.s_kv or case.d_qk not in (D_QK, D_V):
+            raise ValueError(f"topk must be at most s_kv, and d_qk {D_QK} or {D_V}, got {name!r}")
+        return case
+
+    @property
+    def name(self) -> str:
+        return ",".join(map(str, self))
+
+    @property
+    def keys(self) -> int:
+        return self.s_q * self.topk
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.h_q * self.keys * (self.d_qk + D_V)
+
+    @property
+    def bytes(self) -> float:
+        """Every row once, queries, outputs: that tokens share rows is what the L2 cache is for."""
+        return 2.0 * (min(self.s_kv, self.keys) * self.d_qk + self.s_q * self.h_q * (self.d_qk + D_V))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {**self._asdict(), "keys": self.keys}
+
+
+def numbers(name: str, fields: tuple[str, ...]) -> list[int]:
+    parts = name.split(",")
+    if len(parts) != len(fields) or not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ValueError(f"a case is {','.join(fields)}, each at least 1, got {name!r}")
+    return [int(part) for part in parts]
+
+
+SPARSE_DECODE = (
+    *(f"{b},1,{h_q},32768,2048" for b in (1, 16, 64, 128) for h_q in (64, 128)),
+    *(f"128,2,{h_q},32768,2048" for h_q in (64, 128)),
+    "64,2,128,32768,16384",
+)
+SPARSE_DECODE_QUICK = tuple(f"{b},1,{h_q},32768,2048" for b in (1, 16, 128) for h_q in (64, 128))
+SPARSE_PREFILL = (
+    *(f"4096,{s_kv},2048,576,{h_q}" for s_kv in (8192, 65536, 131072) for h_q in (64, 128)),
+    *(f"4096,65536,512,512,{h_q}" for h_q in (64, 128)),
+)
+SPARSE_PREFILL_QUICK = (*(f"4096,65536,2048,576,{h_q}" for h_q in (64, 128)), "4096,65536,512,512,128")
+
+
+class SparseInputs(NamedTuple):
+    """What every contender computes from: sets of queries and lists, used in rotation over one set of keys."""
+
+    case: SparseDecodeCase | SparsePrefillCase
+    q: list[jax.Array]  # [b, s_q, h_q, 576], or [s_q, h_q, d_qk], each
+    keys: jax.Array  # fp8_v32 [P, 64, 1, 656] uint8, or [s_kv, 1, d_qk]
+    indices: list[jax.Array]  # [b, s_q, topk], or [s_q, 1, topk], each
+    chain: tuple[int, int]
+
+
+def picks(key: jax.Array, lists: int, choices: int, topk: int) -> jax.Array:
+    """int32 `[lists, topk]`: in each no number below `choices` twice, in no order."""
+    some = jax.jit(lambda key: jax.random.permutation(key, choices)[:topk].astype(jnp.int32))
+    return jax.lax.map(some, jax.random.split(key, lists), batch_size=64)
+
+
+def make_sparse_decode_inputs(case: SparseDecodeCase, lengths: tuple[int, int], sets: int) -> SparseInputs:
+    keys = jax.random.split(jax.random.key(0), 2 * sets)
+    pages_of = -(-case.s_k // 64)
+    pool = kvcache.init_kv_cache(case.b * pages_of, "fp8_v32")
+    fill = jax.jit(functools.partial(kvcache.append_kv_cache, format="fp8_v32"), donate_argnums=0)
+    tokens = pages_of * 64
+    for i in range(case.b):  # a sequence at a time: in bfloat16 all of them may be too many
+        rows = jax.random.normal(jax.random.key(i + 1), (tokens, D_QK), jnp.bfloat16)
+        pool = fill(pool, rows[:, :D_V], rows[:, D_V:], i * tokens + jnp.arange(tokens, dtype=jnp.int32))
+    first = tokens * jnp.arange(case.b, dtype=jnp.int32)[:, None, None]
+    shape = case.b, case.s_q, case.topk
+    return SparseInputs(
+        case,
+        [jax.random.normal(key, (case.b, case.s_q, case.h_q, D_QK), jnp.bfloat16) for key in keys[:sets]],
+        pool,
+        [picks(key, case.b * case.s_q, case.s_k, case.topk).reshape(shape) + first for key in keys[sets:]],
+        whole_rounds(lengths, sets),
+    )
+
+
+def make_sparse_prefill_inputs(case: SparsePrefillCase, lengths: tuple[int, int], sets: int) -> SparseInputs:
+    keys = jax.random.split(jax.random.key(0), 2 * sets + 1)
+    return SparseInputs(
+        case,
+        [jax.random.normal(key, (case.s_q, case.h_q, case.d_qk), jnp.bfloat16) for key in keys[1 : sets + 1]],
+        jax.random.normal(keys[0], (case.s_kv, 1, case.d_qk), jnp.bfloat16),
+        [picks(key, case.s_q, case.s_kv, case.topk)[:, None] for key in keys[sets + 1 :]],
         whole_rounds(lengths, sets),
     )

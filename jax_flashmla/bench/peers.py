@@ -1,6 +1,6 @@
 """Other implementations of the same op. Each loads what it needs, or raises an ImportError that says what is missing.
 
-All of them compute from the JAX arrays of `DenseInputs`; torch sees those through DLPack.
+All of them compute from the JAX arrays of `DenseInputs` or `SparseInputs`; torch sees those through DLPack.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .cases import D_QK, D_V, DenseInputs
+from .. import kvcache
+from ..kvcache.rows import fp8_format
+from .cases import D_QK, D_V, DenseInputs, SparseInputs
 from .protocol import Chain, Unsupported, jitted
 
 Make = Callable[[DenseInputs], Chain]
+MakeSparse = Callable[[SparseInputs], Chain]
 SCALE = D_QK**-0.5
 
 
@@ -45,7 +48,7 @@ def to_torch(torch: Any, x: jax.Array) -> Any:
     return torch.from_dlpack(jax.block_until_ready(x))
 
 
-def captured(torch: Any, call: Callable[[int], Any], inputs: DenseInputs) -> Chain:
+def captured(torch: Any, call: Callable[[int], Any], inputs: DenseInputs | SparseInputs) -> Chain:
     """Chains in CUDA graphs. Torch reuses one output for all calls of a graph."""
     sets = len(inputs.q)
     stream = torch.cuda.Stream()
@@ -63,7 +66,7 @@ def captured(torch: Any, call: Callable[[int], Any], inputs: DenseInputs) -> Cha
         return replay
 
     def result() -> np.ndarray:
-        out = call(0).reshape(inputs.case.b, inputs.case.s_q, inputs.case.h_q, D_V)
+        out = call(0).reshape(*inputs.q[0].shape[:-1], D_V)
         return np.asarray(out[[0, -1]].float().cpu().numpy())
 
     torch.cuda.synchronize()  # plans are made on another stream
@@ -74,8 +77,8 @@ def captured(torch: Any, call: Callable[[int], Any], inputs: DenseInputs) -> Cha
     return Chain(capture(short), capture(long), long - short, result)
 
 
-def flashmla() -> Make:
-    """PyPI's sgl-flash-mla: the frozen kernels of FlashMLA for Hopper. Plan made once, pages of 64 tokens."""
+def load_flashmla() -> tuple[Any, Any]:
+    """torch, and the ops of PyPI's sgl-flash-mla: the frozen kernels of FlashMLA for Hopper."""
     spec = importlib.util.find_spec("flash_mla")
     if spec is None or spec.origin is None:
         raise ImportError("sgl-flash-mla is not installed")
@@ -84,7 +87,13 @@ def flashmla() -> Make:
     if library is None:
         raise ImportError("the installed flash_mla has no _C_legacy library")
     torch.ops.load_library(str(library))
-    decode = torch.ops.flash_mla_legacy.dense_decode_fwd
+    return torch, torch.ops.flash_mla_legacy
+
+
+def flashmla() -> Make:
+    """Plan made once, pages of 64 tokens."""
+    torch, kernels = load_flashmla()
+    decode = kernels.dense_decode_fwd
 
     def make(inputs: DenseInputs) -> Chain:
         case = inputs.case
@@ -206,4 +215,83 @@ def jnp_peer() -> Make:
     return make
 
 
+def flashmla_sparse_decode() -> MakeSparse:
+    """Plan made once."""
+    torch, kernels = load_flashmla()
+
+    def make(inputs: SparseInputs) -> Chain:
+        share = functools.partial(to_torch, torch)
+        q, indices = [[share(x) for x in xs] for xs in (inputs.q, inputs.indices)]
+        pool = share(inputs.keys).view(torch.float8_e4m3fn)
+
+        def call(i: int, *plan: Any) -> Any:
+            return kernels.sparse_decode_fwd(
+                q[i], pool, indices[i], None, None, *plan, None, None, None, D_V, SCALE, None
+            )
+
+        *_, metadata, splits = call(0, None, None)
+        return captured(torch, lambda i: call(i, metadata, splits)[0], inputs)
+
+    return make
+
+
+def flashmla_sparse_prefill() -> MakeSparse:
+    torch, kernels = load_flashmla()
+
+    def make(inputs: SparseInputs) -> Chain:
+        share = functools.partial(to_torch, torch)
+        q, indices = [[share(x) for x in xs] for xs in (inputs.q, inputs.indices)]
+        kv = share(inputs.keys)
+        scale = kv.shape[-1] ** -0.5
+
+        def call(i: int, *flag: bool) -> Any:
+            return kernels.sparse_prefill_fwd(q[i], kv, indices[i], scale, D_V, None, None, *flag)[0]
+
+        flags: tuple[bool, ...] = (False,)  # of some releases only
+        try:
+            call(0, *flags)
+        except (RuntimeError, TypeError):
+            flags = ()
+        return captured(torch, lambda i: call(i, *flags), inputs)
+
+    return make
+
+
+def jnp_sparse() -> MakeSparse:
+    """Gather the rows, two einsums, a softmax, over as many query tokens at a time as a gigabyte holds keys of."""
+
+    def attend(q: jax.Array, keys: jax.Array, indices: jax.Array) -> jax.Array:
+        fmt = fp8_format(keys)
+        d = q.shape[-1]
+
+        def some(one: tuple[jax.Array, jax.Array]) -> jax.Array:
+            q, indices = one  # [h_q, d], [topk]
+            if fmt is None:
+                rows = keys[indices, 0]
+            else:
+                rows = kvcache.dequantize_kv(keys[indices // 64, indices % 64, 0], format=fmt.name)
+            scores = jnp.einsum("hd,td->ht", q, rows, preferred_element_type=jnp.float32) * d**-0.5
+            return jnp.einsum("ht,td->hd", jax.nn.softmax(scores).astype(q.dtype), rows[:, :D_V])
+
+        tokens = q.reshape(-1, *q.shape[-2:]), indices.reshape(-1, indices.shape[-1])
+        most = max(1, 2**30 // (2 * d * indices.shape[-1]))
+        out = jax.lax.map(some, tokens, batch_size=min(most, tokens[0].shape[0]))
+        return out.reshape(*q.shape[:-1], D_V)
+
+    def make(inputs: SparseInputs) -> Chain:
+        def call(i: int, previous: jax.Array, q: Any, keys: jax.Array, indices: Any) -> jax.Array:
+            # The list waits for the call before, and as far as XLA knows it differs: gathers are not merged.
+            own = indices[i % len(q)] + jnp.isnan(previous).astype(jnp.int32)
+            return attend(q[i % len(q)], keys, own).ravel()[0]
+
+        short, long = inputs.chain
+        chain = jitted(call, (inputs.q, inputs.keys, inputs.indices), (min(short, 1), min(long, 3)))
+        first = inputs.q[0], inputs.keys, inputs.indices[0]
+        return chain._replace(result=lambda: ends(jax.jit(attend)(*first)))
+
+    return make
+
+
+SPARSE_DECODE: dict[str, Callable[[], MakeSparse]] = {"flashmla": flashmla_sparse_decode, "jnp": jnp_sparse}
+SPARSE_PREFILL: dict[str, Callable[[], MakeSparse]] = {"flashmla": flashmla_sparse_prefill, "jnp": jnp_sparse}
 DENSE: dict[str, Callable[[], Make]] = {"flashmla": flashmla, "fa3": fa3, "flashinfer": flashinfer, "jnp": jnp_peer}
