@@ -12,10 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashmla import flash_mla_with_kvcache
+from jax_flashmla import flash_mla_sparse_fwd, flash_mla_with_kvcache, kvcache
 from jax_flashmla.bench import __main__ as bench
-from jax_flashmla.bench import append, cases, dense_decode, end_to_end, peers, protocol, report
-from jax_flashmla.bench.cases import DenseCase
+from jax_flashmla.bench import (
+    append,
+    cases,
+    dense_decode,
+    end_to_end,
+    peers,
+    protocol,
+    report,
+    sparse_decode,
+    sparse_prefill,
+)
+from jax_flashmla.bench.cases import DenseCase, SparseDecodeCase, SparsePrefillCase
 from jax_flashmla.bench.protocol import Ceilings, Chain, Mode, Timing
 
 CEILINGS = Ceilings(copy=4000.0, read=4000.0, matmul=800.0, mhz=1900.0, watts=650.0)
@@ -341,7 +351,7 @@ class Graph:
 class FakeTorch(types.ModuleType):
     """Records captures; ops compute through the reference."""
 
-    bfloat16, uint8 = "bfloat16", "uint8"
+    bfloat16, uint8, float8_e4m3fn = "bfloat16", "uint8", jnp.float8_e4m3fn.dtype
 
     def __init__(self):
         super().__init__("torch")
@@ -349,6 +359,7 @@ class FakeTorch(types.ModuleType):
             is_available=lambda: True, CUDAGraph=Graph, Stream=object, synchronize=lambda: None,
             stream=lambda stream: contextlib.nullcontext(), graph=self.graph,
         )  # fmt: skip
+        self.has_flag = True
         self.ops = types.SimpleNamespace(load_library=lambda path: None)
 
     @contextlib.contextmanager
@@ -372,6 +383,14 @@ def attend(q, pool, table, lengths, scale, causal):
     return np.asarray(out).view(Tensor)
 
 
+def attend_sparse(f, *args, **kwargs):
+    if Graph.recording:
+        Graph.recording.calls += 1
+    to_jax = lambda x: jnp.asarray(np.asarray(x)) if isinstance(x, np.ndarray) else x  # noqa: E731
+    out = f(*map(to_jax, args), **{name: to_jax(x) for name, x in kwargs.items()}, implementation="xla")[0]
+    return np.asarray(out).view(Tensor)
+
+
 def fake_flashmla(torch, tmp_path):
     (tmp_path / "_C_legacy.abi3.so").touch()
 
@@ -379,7 +398,28 @@ def fake_flashmla(torch, tmp_path):
         assert (plan, splits) in ((None, None), ("plan", "splits")) and d_v == 512
         return attend(q, pool, table, lengths, scale, causal), None, "plan", "splits"
 
-    torch.ops.flash_mla_legacy = types.SimpleNamespace(dense_decode_fwd=dense_decode_fwd)
+    def sparse_decode_fwd(q, pool, indices, lengths, sink, plan, splits, *rest):
+        assert (plan, splits) in ((None, None), ("plan", "splits")) and rest == (
+            None,
+            None,
+            None,
+            512,
+            peers.SCALE,
+            None,
+        )
+        assert pool.dtype == jnp.float8_e4m3fn and lengths is sink is None
+        out = attend_sparse(flash_mla_with_kvcache, q, pool, None, None, 512, is_fp8_kvcache=True, indices=indices)
+        return out, None, "plan", "splits"
+
+    def sparse_prefill_fwd(q, kv, indices, scale, d_v, sink, lengths, *flag):
+        if flag and not torch.has_flag:
+            raise RuntimeError("sparse_prefill_fwd() expected at most 7 argument(s)")
+        assert d_v == 512 and sink is lengths is None and flag in ((), (False,))
+        return attend_sparse(flash_mla_sparse_fwd, q, kv, indices, scale), None, None
+
+    torch.ops.flash_mla_legacy = types.SimpleNamespace(
+        dense_decode_fwd=dense_decode_fwd, sparse_decode_fwd=sparse_decode_fwd, sparse_prefill_fwd=sparse_prefill_fwd
+    )
     return {"flash_mla": types.ModuleType("flash_mla")}
 
 
@@ -454,6 +494,56 @@ def test_peers_compute_what_ours_does(fake_torch, name):
         chain.short()
         chain.long()
         assert chain.calls == 2
+
+
+SPARSE = [
+    (sparse_decode, "2,3,4,70,40", cases.make_sparse_decode_inputs, True),
+    (sparse_prefill, "5,70,40,576,4", cases.make_sparse_prefill_inputs, True),
+    (sparse_prefill, "5,70,40,512,4", cases.make_sparse_prefill_inputs, False),
+]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("op, name, make, has_flag", SPARSE)
+def test_sparse_peers_compute_what_ours_does(fake_torch, op, name, make, has_flag):
+    fake_torch.has_flag = has_flag
+    inputs = make(op.check(name), (1, 3), 2)
+    setup = protocol.Setup("xla", True, {peer: load() for peer, load in op.PEERS.items()})
+    chains, agreed = bench.prepare(protocol.Work(name, {}, 1.0, 1.0, op.contenders(inputs, op.attend, setup)))
+    assert agreed and list(chains) == ["jax_flashmla", "flashmla", "jnp"]
+    for chain in chains.values():
+        chain.short()
+        chain.long()
+        assert chain.calls == 2
+
+
+def test_sparse_tables_and_work_by_hand():
+    assert len(cases.SPARSE_DECODE) == 11 and len(cases.SPARSE_PREFILL) == 8
+    assert set(cases.SPARSE_DECODE_QUICK) < set(cases.SPARSE_DECODE)
+    assert set(cases.SPARSE_PREFILL_QUICK) < set(cases.SPARSE_PREFILL)
+    for op in (sparse_decode, sparse_prefill):
+        for name in op.NAMES:
+            assert op.check(name).name == name
+        for wrong in ("1,1,64,32768", "1,1,64,32768,0", "1,1,64,100,200", "a,1,64,100,20", "1,1,64,100,20,3"):
+            with pytest.raises(ValueError, match="got"):
+                op.check(wrong)
+    with pytest.raises(ValueError, match="d_qk 576 or 512"):
+        sparse_prefill.check("4,100,20,192,8")
+    decode, prefill = SparseDecodeCase.parse("3,2,16,500,100"), SparsePrefillCase.parse("7,90,40,512,16")
+    assert decode.keys == 600 and decode.flops == 2 * 600 * 16 * 1088
+    assert decode.bytes == 600 * 656 + 3 * 2 * 16 * 1088 * 2
+    assert prefill.flops == 2 * 7 * 40 * 16 * 1024 and prefill.bytes == 90 * 1024 + 7 * 16 * 1024 * 2
+
+
+def test_lists_name_every_token_once():
+    picked = np.asarray(cases.picks(jax.random.key(0), 70, 50, 20))
+    assert picked.shape == (70, 20) and picked.min() >= 0 and picked.max() == 49
+    assert all(len(set(row)) == 20 for row in picked) and len({tuple(row) for row in picked}) == 70
+    inputs = cases.make_sparse_decode_inputs(SparseDecodeCase.parse("2,1,3,70,60"), (1, 3), 2)
+    for i, own in enumerate(np.asarray(inputs.indices).reshape(4, 60)):  # two sets of two sequences, two pages each
+        assert own.min() >= 128 * i and own.max() < 128 * i + 70
+    keys = np.float32(kvcache.dequantize_kv(inputs.keys[:, :, 0], format="fp8_v32"))
+    assert keys.shape == (8, 64, 576) and abs(keys.std() - 1) < 0.02
 
 
 def test_a_peer_that_fails_or_computes_something_else_is_left_out(capsys):
@@ -535,6 +625,8 @@ OTHER_OPS = [
     ("schedule", "32"),
     ("append", "fp8_v4,130"),
     ("gather", "fp8_v32,130"),
+    ("sparse_decode", "2,1,4,70,40"),
+    ("sparse_prefill", "5,70,40,576,4"),
     ("sharding", "heads,2,2,1,4,64"),
     ("sharding", "context,2,2,1,2,300"),
 ]
@@ -552,6 +644,9 @@ def test_other_ops(run, tmp_path, op, name):
         assert (row["layers"], row["caches"]) == (3, 3) and list(row["peers"]) == ["kernel"]
     elif op == "sharding":  # and the single device computed the same
         assert row["role"] in name and list(row["peers"]) == ["one GPU"] and row["devices"] == 2
+    elif op.startswith("sparse"):
+        assert list(row["peers"]) == ["jnp"] and (row["topk"], row["h_q"]) == (40, 4)
+        assert row["tflops"] == pytest.approx(bench.OPS[op].check(name).flops / row["us"] / 1e6)
     elif op == "schedule":
         assert row["ceilings"] is None and row["tflops"] is None and row["b"] == 32
     else:  # read as bfloat16 and written as it is stored, or the other way round

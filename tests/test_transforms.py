@@ -39,7 +39,8 @@ def plan(lengths, **kwargs):
 BYTES = np.asarray(
     kvcache.quantize_kv(POOL[..., :512].astype(np.float32), POOL[..., 512:].astype(np.float32), format="fp8_v32")
 )
-INDICES = np.random.default_rng(0).integers(0, 64, (4, 2, 200), np.int32)  # page 0 of the pool, all slots there in use
+INDICES = np.random.default_rng(0).integers(128, 192, (4, 2, 200), np.int32)  # page 2 of the pool, all in use
+assert np.isfinite(POOL[2].astype(np.float32)).all()
 COUNTS = np.array([130, 0, 200, 7], np.int32)
 
 
@@ -48,8 +49,8 @@ def attend_to(q, indices, topk_length, cache=BYTES, **kwargs):
     return flash_mla_with_kvcache(q, cache, None, None, 512, **options, **kwargs)
 
 
-def attend_to_rows(q, indices, topk_length, kv=POOL[0], **kwargs):
-    return flash_mla_sparse_fwd(q, kv, indices, None, topk_length=topk_length, **kwargs)
+def attend_to_rows(q, indices, topk_length, **kwargs):
+    return flash_mla_sparse_fwd(q, POOL.reshape(-1, 1, 576), indices, None, topk_length=topk_length, **kwargs)
 
 
 NEW = np.random.default_rng(0).standard_normal((4, 512), np.float32), np.ones((4, 64), np.float32)

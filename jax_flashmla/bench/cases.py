@@ -253,7 +253,7 @@ SPARSE_PREFILL_QUICK = (*(f"4096,65536,2048,576,{h_q}" for h_q in (64, 128)), "4
 
 
 class SparseInputs(NamedTuple):
-    """What every contender computes from: sets of queries and lists, used in rotation over one set of keys."""
+    """What every contender computes from: sets of queries and lists, used in rotation."""
 
     case: SparseDecodeCase | SparsePrefillCase
     q: list[jax.Array]  # [b, s_q, h_q, 576], or [s_q, h_q, d_qk], each
@@ -269,21 +269,22 @@ def picks(key: jax.Array, lists: int, choices: int, topk: int) -> jax.Array:
 
 
 def make_sparse_decode_inputs(case: SparseDecodeCase, lengths: tuple[int, int], sets: int) -> SparseInputs:
+    """Every set has sequences of its own, or small batches would find theirs in the L2 cache."""
     keys = jax.random.split(jax.random.key(0), 2 * sets)
     pages_of = -(-case.s_k // 64)
-    pool = kvcache.init_kv_cache(case.b * pages_of, "fp8_v32")
-    fill = jax.jit(functools.partial(kvcache.append_kv_cache, format="fp8_v32"), donate_argnums=0)
     tokens = pages_of * 64
-    for i in range(case.b):  # a sequence at a time: in bfloat16 all of them may be too many
+    pool = kvcache.init_kv_cache(sets * case.b * pages_of, "fp8_v32")
+    fill = jax.jit(functools.partial(kvcache.append_kv_cache, format="fp8_v32"), donate_argnums=0)
+    for i in range(sets * case.b):  # a sequence at a time: in bfloat16 all of them may be too many
         rows = jax.random.normal(jax.random.key(i + 1), (tokens, D_QK), jnp.bfloat16)
         pool = fill(pool, rows[:, :D_V], rows[:, D_V:], i * tokens + jnp.arange(tokens, dtype=jnp.int32))
-    first = tokens * jnp.arange(case.b, dtype=jnp.int32)[:, None, None]
-    shape = case.b, case.s_q, case.topk
+    lists = [picks(key, case.b * case.s_q, case.s_k, case.topk) for key in keys[sets:]]
+    first = tokens * jnp.arange(sets * case.b, dtype=jnp.int32).reshape(sets, case.b, 1, 1)
     return SparseInputs(
         case,
         [jax.random.normal(key, (case.b, case.s_q, case.h_q, D_QK), jnp.bfloat16) for key in keys[:sets]],
         pool,
-        [picks(key, case.b * case.s_q, case.s_k, case.topk).reshape(shape) + first for key in keys[sets:]],
+        [x.reshape(case.b, case.s_q, case.topk) + start for x, start in zip(lists, first)],
         whole_rounds(lengths, sets),
     )
 

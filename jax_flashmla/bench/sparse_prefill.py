@@ -25,7 +25,7 @@ def attend(
 def work(name: str, setup: Setup) -> Work:
     case = SparsePrefillCase.parse(name)
     lengths = chain_lengths(case.flops / 600e12 + 10e-6, setup.small)
-    # Keys are shared by all query tokens and stay in L2 or not by themselves: only queries and lists rotate.
+    # One kv serves all sets: in a prompt it is in the L2 cache as far as it fits.
     sets = 2 if setup.small else cases.rotation(case.bytes)
     inputs = cases.make_sparse_prefill_inputs(case, lengths, sets)
     return Work(case.name, case.shape, case.flops, case.bytes, contenders(inputs, attend, setup))
