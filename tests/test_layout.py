@@ -66,6 +66,8 @@ def test_signature_starts_like_flashmla():
         "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
         "softmax_scale", "causal", "is_fp8_kvcache", "indices",
     ]  # fmt: skip
+    names = list(inspect.signature(jax_flashmla.flash_mla_sparse_fwd).parameters)
+    assert names[:7] == ["q", "kv", "indices", "sm_scale", "d_v", "attn_sink", "topk_length"]
     names = list(inspect.signature(jax_flashmla.get_mla_metadata).parameters)
     assert names[:6] == [
         "cache_seqlens",
