@@ -238,8 +238,8 @@ def test_memory_is_bounded(backward):
     used = jax.jit(f).lower(q, kv, indices).compile().memory_analysis().temp_size_in_bytes
     step = reference.CHUNK_LISTS * reference.CHUNK_INDICES * 576 * 4
     operands = 2 * (q.size + kv.size) + 4 * indices.size
-    # Of the backward pass all steps of one chunk of query tokens, in some copies.
-    assert used < (2 * topk // reference.CHUNK_INDICES if backward else 4) * step + 4 * operands
+    # Of the backward pass all steps of one chunk of query tokens, in as many copies as jax 0.10 makes.
+    assert used < (3 * topk // reference.CHUNK_INDICES if backward else 4) * step + 4 * operands
 
 
 @pytest.mark.usefixtures("quick_compilation")
