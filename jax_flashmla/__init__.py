@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import kvcache, sharding
 from ._native import register_cuda_targets
-from .api import flash_mla_with_kvcache, get_mla_metadata, merge_attention_states
+from .api import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, merge_attention_states
 from .ops import EXPORT_SAFE
 from .ragged import mla_ragged_paged_attention
 
@@ -16,6 +16,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 __all__ = [
     "EXPORT_SAFE",
     "__version__",
+    "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "kvcache",

@@ -225,6 +225,90 @@ def flash_mla_with_kvcache(
     return out, lse
 
 
+def flash_mla_sparse_fwd(
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    sm_scale: float | None,
+    d_v: int = 512,
+    *,
+    attn_sink: jax.Array | None = None,
+    topk_length: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sparse Multi-head Latent Attention of many query tokens, a prompt: each attends to the keys its lists name.
+
+    Query head h attends to the `[latent | rope]` rows that `indices[:, h // (h_q // h_kv)]` names; the values are the
+    first 512 columns of the same rows. Scores, softmax and sums are in float32. Causality is up to `indices`. Runs
+    through the XLA reference unless `implementation="cuda"` asks for its kernel.
+
+    Args:
+      q: bfloat16, float16 or float32 `[s_q, h_q, d_qk]` with `d_qk` 576 or 512; the kernel takes bfloat16. bfloat16 or
+        float32 for fp8 pools.
+      kv: q's dtype, rows `[s_kv, h_kv, d_qk]`. Or a pool of pages as decode has it, with one KV head: q's dtype,
+        `[P, page_size, 1, d_qk]`, or `fp8_v32`, uint8 or float8_e4m3fn `[P, page_size, 1, 656]` (d_qk 576). Rows that
+        no list names may hold anything, NaN too.
+      indices: int32 `[s_q, h_kv, topk]`, rows of kv; of a pool slots `page * page_size + offset`, as from
+        `kvcache.topk_to_slots`. Negative and too large ones are ignored, wherever they stand; one that stands twice
+        counts twice. Any topk will do; multiples of 64 are fast.
+      sm_scale: static number; None means `d_qk ** -0.5`.
+      d_v: 512.
+      attn_sink: float32 `[h_q]`: out is multiplied by `exp(lse) / (exp(lse) + exp(attn_sink))`, so that -inf has no
+        effect and +inf gives 0. lse and max_logits do not change.
+      topk_length: int32 `[s_q]`, how many entries of a token's lists count, those beyond are not read. None is all of
+        them.
+      implementation: None and "xla" take the XLA reference; "cuda" insists on the kernel. Only "xla" promises to stay
+        differentiable; no gradient flows through max_logits.
+
+    Returns:
+      `out`, q's dtype, `[s_q, h_q, 512]`; `max_logits`, float32 `[s_q, h_q]`, the largest scaled score; and `lse`,
+      float32 `[s_q, h_q]`, the natural logarithm of the sum of the exponentials of the scaled scores. A row that sees
+      no key has out 0, max_logits -inf and lse -inf.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong type, dtype or shape, or is traced and must be static; the
+        message says which, what was expected, and what to do. `vmap` over attn_sink with `implementation="cuda"` is a
+        ValueError, and so is one over so many pools that their slots together pass 2**31.
+      NotImplementedError: the call is differentiated with `implementation="cuda"`.
+      RuntimeError: `implementation="cuda"` and there is no Hopper GPU or no CUDA build.
+
+    Source: DeepSeek-V3.2-Exp, github.com/deepseek-ai/DeepSeek-V3.2-Exp (DeepSeek Sparse Attention); FlashMLA,
+    github.com/deepseek-ai/FlashMLA.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_flashmla
+      >>> q = jax.random.normal(jax.random.key(0), (3, 16, 576), jnp.bfloat16)
+      >>> kv = jax.random.normal(jax.random.key(1), (100, 1, 576), jnp.bfloat16)
+      >>> indices = jnp.array([[[7, 99, -1]], [[0, 50, 50]], [[-1, -1, -1]]], jnp.int32)
+      >>> out, max_logits, lse = jax_flashmla.flash_mla_sparse_fwd(q, kv, indices, None)
+      >>> out.shape, str(out.dtype), lse.shape
+      ((3, 16, 512), 'bfloat16', (3, 16))
+      >>> float(lse[2, 0]), bool((out[2] == 0).all())  # names no key
+      (-inf, True)
+      >>> one = jnp.array([1, 0, 0], jnp.int32)
+      >>> out, max_logits, lse = jax_flashmla.flash_mla_sparse_fwd(q, kv, indices, None, topk_length=one)
+      >>> bool((out[0] == kv[7, :, :512]).all()), bool((lse[0] == max_logits[0]).all())  # names one key
+      (True, True)
+    """
+    checks.implementation(implementation)
+    d_v = checks.integer("d_v", d_v, minimum=1)
+    s_kv, h_kv, d_qk = arguments.prefill_keys("kv", kv)
+    checks.sparse_prefill(q, kv, indices, topk_length, attn_sink, h_kv=h_kv, d_qk=d_qk, d_v=d_v)
+    scale = checks.scale("sm_scale", sm_scale, default=d_qk**-0.5)
+    q, kv, indices, topk_length, attn_sink = checks.to_jax(
+        q, kv, indices, _or_empty(topk_length, jnp.int32), _or_empty(attn_sink, jnp.float32)
+    )
+    if kv.ndim == 3:  # to the op rows are pages of one token, and those of all KV heads lie in one pool
+        kv = kv.reshape(s_kv * h_kv, 1, 1, d_qk)
+        if h_kv > 1:
+            head = jnp.arange(h_kv, dtype=jnp.int32)[:, None]
+            exists = (indices >= 0) & (indices < s_kv)
+            indices = jnp.where(exists, jnp.where(exists, indices, 0) * h_kv + head, -1)
+    operands = q, kv, indices, topk_length, attn_sink
+    out, max_logits, lse = ops.sparse_prefill(*operands, softmax_scale=scale, implementation=implementation)
+    return out, max_logits, lse
+
+
 def merge_attention_states(
     out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

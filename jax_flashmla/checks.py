@@ -54,7 +54,7 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata
         raise ValueError(
             f"k_cache must have q's d_qk = {d_qk}, got shape {k_cache.shape}; its last axis is [latent | rope]"
         )
-    value_dim(head_dim_v)
+    value_dim("head_dim_v", head_dim_v)
     if page_size not in PAGE_SIZES:
         raise ValueError(f"k_cache must have a page_size of {PAGE_SIZES}, got shape {k_cache.shape}; 64 is the fastest")
     if num_pages == 0:
@@ -87,31 +87,62 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata
         shape("num_splits", num_splits, (b + 1,), axes="b + 1", remedy=remedy)
 
 
-def value_dim(head_dim_v: int) -> None:
-    if head_dim_v != HEAD_DIM_V:
-        raise ValueError(
-            f"head_dim_v must be {HEAD_DIM_V}, got {head_dim_v}; slice the output if you need fewer columns"
-        )
+def value_dim(name: str, value: int) -> None:
+    if value != HEAD_DIM_V:
+        raise ValueError(f"{name} must be {HEAD_DIM_V}, got {value}; slice the output if you need fewer columns")
 
 
 def sparse_decode(q, k_cache, indices, topk_length, attn_sink, *, d_qk: int, d_v: int, causal: bool) -> None:
     """`d_qk`: that of k_cache, which is a pool that sparse decode takes."""
     array("q", q, axes="b, s_q, h_q, d_qk", dtypes=REFERENCE_DTYPES)
     b, s_q, h_q, d_q = q.shape
-    is_fp8 = k_cache.dtype.itemsize == 1
-    if is_fp8 and q.dtype == jnp.float16:
-        raise TypeError("q must be bfloat16 for an fp8 cache, got float16; cast it with q.astype(jnp.bfloat16)")
-    if not is_fp8 and k_cache.dtype != q.dtype:
-        raise TypeError(f"k_cache must have q's dtype {q.dtype}, got {k_cache.dtype}; cast q to the dtype of the cache")
+    cached_dtype("k_cache", k_cache, q)
     if d_q != d_qk:
         raise ValueError(f"q must have k_cache's d_qk = {d_qk}, got shape {q.shape}; absorb the heads to that width")
-    value_dim(d_v)
+    value_dim("head_dim_v", d_v)
     if s_q == 0 or h_q == 0:
         raise ValueError(f"q must have at least one query token and one head, got shape {q.shape}")
     if causal:
         raise ValueError("causal must be False with indices, got True; let indices name only tokens that may be seen")
     token_indices("indices", indices, "topk", q)
     topk_lengths("topk_length", topk_length, b)
+    sinks(attn_sink, h_q)
+
+
+def sparse_prefill(q, kv, indices, topk_length, attn_sink, *, h_kv: int, d_qk: int, d_v: int) -> None:
+    """`h_kv`, `d_qk`: those of kv, which is rows or a pool that sparse prefill takes."""
+    array("q", q, axes="s_q, h_q, d_qk", dtypes=REFERENCE_DTYPES)
+    s_q, h_q, d_q = q.shape
+    cached_dtype("kv", kv, q)
+    if d_q != d_qk:
+        raise ValueError(f"q must have kv's d_qk = {d_qk}, got shape {q.shape}; absorb the heads to that width")
+    value_dim("d_v", d_v)
+    if s_q == 0 or h_q == 0:
+        raise ValueError(f"q must have at least one query token and one head, got shape {q.shape}")
+    if h_q % h_kv:
+        raise ValueError(f"h_q must be a multiple of h_kv, got h_q = {h_q} (q) and h_kv = {h_kv} (kv); pad the heads")
+    array("indices", indices, axes="s_q, h_kv, topk", dtypes=("int32",))
+    topk = indices.shape[2]
+    remedy = "give one list per query token and KV head"
+    shape("indices", indices, (s_q, h_kv, topk), axes="s_q, h_kv, topk", remedy=remedy)
+    if topk == 0:
+        raise ValueError(f"indices must have at least one column, got shape {indices.shape}; -1 names no key")
+    if topk_length is not None:
+        array("topk_length", topk_length, axes="s_q", dtypes=("int32",))
+        shape("topk_length", topk_length, (s_q,), axes="s_q", remedy="give one length per query token")
+    sinks(attn_sink, h_q)
+
+
+def cached_dtype(name: str, cache: Any, q: Any) -> None:
+    """Queries of the cache's dtype; of bfloat16, or of float32 for the reference, where the cache is fp8."""
+    is_fp8 = cache.dtype.itemsize == 1
+    if is_fp8 and q.dtype == jnp.float16:
+        raise TypeError("q must be bfloat16 for an fp8 cache, got float16; cast it with q.astype(jnp.bfloat16)")
+    if not is_fp8 and cache.dtype != q.dtype:
+        raise TypeError(f"{name} must have q's dtype {q.dtype}, got {cache.dtype}; cast q to the dtype of the cache")
+
+
+def sinks(attn_sink: Any, h_q: Any) -> None:
     if attn_sink is not None:
         array("attn_sink", attn_sink, axes="h_q", dtypes=("float32",))
         shape("attn_sink", attn_sink, (h_q,), axes="h_q", remedy="give one sink per query head")

@@ -1,5 +1,7 @@
 """Every op in plain jnp, with the same operands and attributes: the path without a Hopper GPU, and the contract."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +15,8 @@ D_V = 512
 # One scan step reads this many keys per sequence: enough to keep matrix units busy, little enough that the gathered
 # pages and the scores stay small beside the pool, however long the context is.
 CHUNK_TOKENS = 512
-CHUNK_INDICES = 128  # the same for sparse decode, where every query token has keys of its own
+CHUNK_INDICES = 128  # the same for lists of tokens, where every query token has keys of its own
+CHUNK_LISTS = 64  # and so many lists at a time in sparse prefill, whose queries are as many as its keys
 
 # The integers of the plan, the same in the CUDA planner: a KV block is 64 tokens; starting on a sequence costs about as
 # much as 5 blocks; the kernel works on blocks in pairs, so a split has two at least; merging partial results costs
@@ -70,17 +73,18 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_spli
         # Tables are as wide as the longest context a server allows; what no sequence reaches costs nothing.
         return jax.lax.cond(start < lengths.max(initial=0), attend, lambda state, *_: state, state, page, start), None
 
-    state: tuple[jax.Array, ...] = (
-        jnp.full((b, h_kv, rows), -jnp.inf, jnp.float32),
-        jnp.zeros((b, h_kv, rows), jnp.float32),
-        jnp.zeros((b, h_kv, rows, D_V), jnp.float32),
-    )
-    state = tuple(match_varying(x, q, k_cache, block_table, lengths) for x in state)
+    state = _before_keys((b, h_kv, rows), q, k_cache, block_table, lengths)
     state, _ = jax.lax.scan(step, state, (pages, starts))
 
     out, lse = _normalise(state)
     out = out.astype(q.dtype).reshape(b, h_kv, s_q, group, D_V).transpose(0, 2, 1, 3, 4).reshape(b, s_q, h_q, D_V)
     return out, lse.reshape(b, h_kv, s_q, group).swapaxes(2, 3).reshape(b, h_q, s_q)
+
+
+def _before_keys(rows, *operands):
+    """The state of an online softmax that has seen no key: maxima, sums, and sums of values."""
+    state = jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, D_V), jnp.float32)
+    return tuple(match_varying(x, *operands) for x in state)
 
 
 def _accumulate(state, scores, product, values, precision):
@@ -123,19 +127,19 @@ def sparse_decode(
     """
     b, s_q, h_q, _ = q.shape
     sources = (k_cache, indices, topk_length), (extra_k_cache, extra_indices, extra_topk_length)
-    state: tuple[jax.Array, ...] = (
-        jnp.full((b, s_q, h_q), -jnp.inf, jnp.float32),
-        jnp.zeros((b, s_q, h_q), jnp.float32),
-        jnp.zeros((b, s_q, h_q, D_V), jnp.float32),
-    )
-    state = tuple(match_varying(x, q, *sources[0], *sources[1]) for x in state)
+    state = _before_keys((b, s_q, h_q), q, *sources[0], *sources[1])
     for source in sources[: 1 if extra_k_cache.ndim == 1 else 2]:
         state = _attend_to_indices(state, q, *source, softmax_scale)
     out, lse = _normalise(state)
     if attn_sink.shape[0] != 0:
-        # exp(lse) / (exp(lse) + exp(sink)); without a key and with a sink of -inf it would be NaN.
-        out = jnp.where(lse[..., None] == -jnp.inf, 0, out * jax.nn.sigmoid(lse - attn_sink)[..., None])
+        out = _with_sink(out, lse, attn_sink)
     return out.astype(q.dtype), lse.swapaxes(1, 2)
+
+
+def _with_sink(out, lse, attn_sink):
+    """out times exp(lse) / (exp(lse) + exp(sink))."""
+    lse = jnp.where(lse == -jnp.inf, 0, lse)  # out is 0 there, and -inf - -inf is NaN
+    return out * jax.nn.sigmoid(lse - attn_sink)[..., None]
 
 
 def _attend_to_indices(state, q, k_cache, indices, topk_length, softmax_scale):
@@ -161,6 +165,39 @@ def _attend_to_indices(state, q, k_cache, indices, topk_length, softmax_scale):
         return jax.lax.cond(start < lengths.max(initial=0), attend, lambda state, *_: state, state, slots, start), None
 
     return jax.lax.scan(step, state, (chunks, starts))[0]
+
+
+def sparse_prefill(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
+    """Sparse decode over chunks of query tokens, with a list per KV head; differentiable in plain rows.
+
+    An operand that is not used has the shape (0,).
+    """
+    s_q, h_q, d_qk = q.shape
+    _, h_kv, topk = indices.shape
+    group = h_q // h_kv
+    size = max(1, CHUNK_LISTS // h_kv)
+    if isinstance(s_q, int):
+        size = min(size, s_q)
+    steps = -(-s_q // size)
+    lengths = topk_length if topk_length.shape[0] != 0 else jnp.full(s_q, topk, jnp.int32)
+    q = q.reshape(s_q, h_kv, group, d_qk)
+
+    def chunks(x):  # those that fill the last chunk have the length 0
+        spare = jnp.zeros((steps * size - s_q, *x.shape[1:]), x.dtype)
+        return jnp.concatenate([x, spare]).reshape(steps, size, *x.shape[1:])
+
+    # What the backward pass needs of a chunk it computes again: the keys of all chunks would be too many to keep.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(q, indices, lengths):
+        state = _before_keys((size, h_kv, group), q, pool, indices, lengths)
+        state = _attend_to_indices(state, q, pool, indices, lengths, softmax_scale)
+        out, lse = _normalise(state)
+        if attn_sink.shape[0] != 0:
+            out = _with_sink(out, lse, attn_sink.reshape(h_kv, group))
+        return out.astype(q.dtype), state[0], lse
+
+    results = jax.lax.map(lambda chunk: attend(*chunk), (chunks(q), chunks(indices), chunks(lengths)))
+    return [x.reshape(steps * size, h_q, *x.shape[4:])[:s_q] for x in results]
 
 
 def schedule(cache_seqlens, *, parts, batch_invariant):

@@ -145,3 +145,38 @@ def sparse_pool(name: str, cache: Any, *, is_fp8: bool) -> int:
         raise ValueError(f"{name} must have shape [P, page_size, 1, 576 or 512] for sparse decode, got {cache.shape}")
     pool_tokens(name, cache.shape[0] * cache.shape[1])
     return cache.shape[3]
+
+
+def prefill_keys(name: str, kv: Any) -> tuple[int, int, int]:
+    """The keys of sparse prefill, rows or a pool: how many an index may name, h_kv and d_qk."""
+    if not isinstance(kv, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} must be an array [s_kv, h_kv, d_qk], got {type(kv).__name__}; use jnp.asarray")
+    dtype = str(kv.dtype)
+    if dtype not in (*checks.REFERENCE_DTYPES, *FP8_DTYPES):
+        wanted = " or ".join(checks.REFERENCE_DTYPES)
+        raise TypeError(f"{name} must be {wanted}, or a pool of {' or '.join(FP8_DTYPES)}, got {dtype}; cast it")
+    if dtype in FP8_DTYPES:
+        if kv.ndim != 4 or 0 in kv.shape or kv.shape[2:] != (1, FP8_V32.token_bytes):
+            raise ValueError(
+                f"{name} in {dtype} must be a pool [P, page_size, 1, {FP8_V32.token_bytes}] of the format fp8_v32, "
+                f"got shape {kv.shape}; read other formats with kvcache.gather_kv_cache, and attend to the rows"
+            )
+        pool_tokens(name, kv.shape[0] * kv.shape[1])
+        return kv.shape[0] * kv.shape[1], 1, FP8_V32.head_dim
+    if kv.ndim == 4:
+        if 0 in kv.shape or kv.shape[2] != 1 or kv.shape[3] not in PLAIN_DIMS:
+            raise ValueError(
+                f"{name} must have shape [P, page_size, 1, 576 or 512] and at least one page, got {kv.shape}; "
+                "pools have one KV head"
+            )
+        pool_tokens(name, kv.shape[0] * kv.shape[1])
+        return kv.shape[0] * kv.shape[1], 1, kv.shape[3]
+    if kv.ndim != 3 or 0 in kv.shape or kv.shape[2] not in PLAIN_DIMS:
+        raise ValueError(
+            f"{name} must have shape [s_kv, h_kv, 576 or 512], or be a pool [P, page_size, 1, ...], got {kv.shape}"
+        )
+    if isinstance(kv.shape[0], int) and kv.shape[0] * kv.shape[1] > checks.MAX_TOKENS:
+        raise ValueError(
+            f"{name} must have fewer than 2**31 rows, got s_kv * h_kv of shape {kv.shape}; attend to parts"
+        )
+    return kv.shape[0], kv.shape[1], kv.shape[2]

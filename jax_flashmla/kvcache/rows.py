@@ -69,6 +69,21 @@ def num_slots(cache: jax.Array) -> int:
     return cache.shape[0] * (page_size_of(cache.shape, fmt.token_bytes) if fmt else cache.shape[1])
 
 
+def join_pools(op: str, pools: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pools `[n, ...]`, one per element that vmap maps, as one pool, and slots `[n, ...]` of those as slots of it."""
+    size = pools.shape[0]
+    pool = pools.reshape(-1, *pools.shape[2:])
+    total = num_slots(pool)
+    if total > checks.MAX_TOKENS:
+        raise ValueError(
+            f"{op}: the caches of all elements that vmap maps must address fewer than 2**31 tokens together, got "
+            f"{total}; map fewer, or put all pages into one pool"
+        )
+    own = total // size
+    first = own * jnp.arange(size, dtype=jnp.int32).reshape(size, *[1] * (slots.ndim - 1))
+    return pool, jnp.where((slots >= 0) & (slots < own), slots + first, -1)
+
+
 def write_rows(cache: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     """Puts rows `[t, token]` into their slots of a pool `[P, page_size, 1, token]`, of any dtype."""
     page, offset = _place(slots, cache.shape[0], cache.shape[1])

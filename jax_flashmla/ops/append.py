@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from .. import checks, reference
+from .. import reference
 from .._primitive import define
-from ..kvcache.rows import num_slots
+from ..kvcache.rows import join_pools
 
 TARGET = "jax_flashmla.append.v1"
 
@@ -27,16 +27,7 @@ def batch(bind, size, operands, mapped):
         x if is_mapped else jnp.broadcast_to(x, (size, *x.shape)) for x, is_mapped in zip(operands, mapped, strict=True)
     )
     pages = cache.shape[1]
-    cache = cache.reshape(-1, *cache.shape[2:])
-    total = num_slots(cache)
-    if total > checks.MAX_TOKENS:
-        raise ValueError(
-            f"append: the caches of all elements that vmap maps must address fewer than 2**31 tokens together, got "
-            f"{total}; map fewer, or put all pages into one pool"
-        )
-    own = total // size
-    first = own * jnp.arange(size, dtype=jnp.int32)[:, None]
-    slots = jnp.where((slots >= 0) & (slots < own), slots + first, -1)
+    cache, slots = join_pools("append", cache, slots)
     latent, rope = (x.reshape(-1, x.shape[-1]) for x in (latent, rope))
     (cache,) = bind(cache, latent, rope, slots.ravel())
     return [cache.reshape(size, pages, *cache.shape[1:])]
