@@ -11,6 +11,7 @@ NB_MODULE(_C, m) {
     targets["jax_flashmla.schedule.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::Schedule));
     targets["jax_flashmla.dense_decode.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::DenseDecode));
     targets["jax_flashmla.sparse_decode.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::SparseDecode));
+    targets["jax_flashmla.sparse_prefill.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::SparsePrefill));
     targets["jax_flashmla.append.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::Append));
     targets["jax_flashmla.gather.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::Gather));
     return targets;

@@ -92,6 +92,14 @@ struct SparseDecodeParams : DecodeParams {
   KVFormat format;
 };
 
+// A query token and KV head is a sequence here: b counts s_q * heads_kv of them, h_q is the heads of one, and the list is that of the KV head. There is no
+// second source, and tokens is 1.
+struct SparsePrefillParams : SparseDecodeParams {
+  float* max_logits;   // [b, h_q], the largest scaled score
+  float* partial_max;  // [slots, h_q], that of a split
+  int heads_kv;        // attn_sink is [heads_kv * h_q]
+};
+
 // A pool whose rows are written or read one by one: [num_pages] pages of page_bytes, each page_size tokens.
 struct KVPool {
   void* data;

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashmla import flash_mla_sparse_fwd, flash_mla_with_kvcache, kvcache
+from jax_flashmla import flash_mla_sparse_fwd, flash_mla_with_kvcache, kvcache, testing
 from jax_flashmla.bench import __main__ as bench
 from jax_flashmla.bench import (
     append,
     cases,
     dense_decode,
     end_to_end,
+    model,
     peers,
     protocol,
     report,
@@ -670,6 +671,62 @@ def test_cases_of_cache_operations():
         assert slots.shape == (3, t) and len(set(slots.ravel())) == 3 * t and slots.max() < 64 * pages
 
 
+def test_a_model(run, tmp_path):
+    """Small enough for a CPU; the peer computes the same logits, and attention has its share."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("flax")
+    path = tmp_path / "rows.jsonl"
+    code, out, err = run("model", "--implementation", "xla", "--quick", "--cases", "tiny,2,100", "--json", path)
+    assert code == 0, err
+    (row,) = report.read_json(path)
+    assert set(row) == FIELDS - {"s_q", "h_q", "page_size", "lengths", "causal", "keys"} | {
+        "model", "layers", "parameters", "tokens", "tokens_per_second", "attention",
+    }  # fmt: skip
+    assert list(row["peers"]) == ["xla"] and np.isfinite(row["attention"]) and row["layers"] == 2
+    assert row["tokens_per_second"] == pytest.approx(2e6 / row["us"])
+    assert f"\ntiny,2,100, burst: jax_flashmla {row['us'] / 1e3:.2f} ms a step, " in out
+
+
+def test_steps_of_a_model_follow_each_other():
+    pytest.importorskip("flax")
+    decoder = model.Decoder(model.Case("tiny", 3, 70))
+    before = [np.array(cache) for cache in decoder.caches]  # copies: a donated array would change under a view
+    chain = decoder.chain(True, implementation="xla")
+    first = chain.result()
+    chain.long()
+    np.testing.assert_array_equal(chain.result(), first)  # the row of the last token is written before it is read
+    last = np.zeros(before[0].shape[:2], bool)
+    last[np.asarray(decoder.table)[:, 1], 5] = True
+    for old, new in zip(before, decoder.caches, strict=True):
+        changed = (old != np.asarray(new)).any(axis=(2, 3))
+        np.testing.assert_array_equal(changed, last)
+    other = decoder.chain(True, attention=model.no_attention).result()
+    assert testing.cosine_difference(first, other) > model.AGREEMENT
+
+
+def test_work_of_a_model_by_hand():
+    pytest.importorskip("flax")
+    work = model.work("tiny,3,70", protocol.Setup("xla", small=True))
+    attention = 128 * 4 * 192 + 128 * 576 + 4 * 128 * 512 * 2 + 4 * 128 * 128
+    dense, router, expert = 3 * 128 * 256, 128 * 8, 3 * 128 * 64
+    norms = 2 * (2 * 128 + 512) + 128
+    shared, head = 2 * expert, 128 * 512
+    active = 2 * attention + dense + router + 6 * expert + shared + head + norms
+    keys = DenseCase(3, 1, 4, 70)
+    assert work.flops == 2 * 3 * active + 2 * keys.flops
+    held = active + 2 * expert + head  # two more experts, and the embedding
+    assert work.shape["parameters"] == held and work.tokens == 3
+    assert work.bytes == 2 * (held - head) + 2 * router + 2 * keys.bytes  # a router is float32
+
+
+def test_cases_of_models():
+    for name in (*model.NAMES, *model.QUICK):
+        assert ",".join(map(str, model.Case.parse(name))) == name
+    for wrong in ("tiny", "v3,1,64", "tiny,0,64", "tiny,1", "tiny,1,x", "tiny,1,64,2"):
+        with pytest.raises(ValueError, match="a case is model,b,s_k"):
+            bench.OPS["model"].check(wrong)
+
+
 def test_more_devices_than_there_are(run):
     pytest.importorskip("tqdm")
     code, out, err = run("sharding", "--implementation", "xla", "--cases", "heads,16,1,1,16,64")
@@ -691,6 +748,8 @@ def test_missing_packages_are_named(run, monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     code, _, err = run("dense_decode", "--implementation", "xla", "--plot", "x.png")
     assert code == 2 and "needs matplotlib and tqdm: pip install 'jax-flashmla[bench]'" in err
+    code, _, err = run("model", "--implementation", "xla")
+    assert code == 2 and "needs tqdm and flax: pip install 'jax-flashmla[bench,flax]'" in err
 
 
 def test_arguments():

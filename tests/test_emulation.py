@@ -33,6 +33,9 @@ SOURCES = (
     "kernels/sparse_decode_bf16.cu",
     "kernels/sparse_decode_fp8_v32.cu",
     "kernels/sparse_decode_fp8_v4.cu",
+    "kernels/sparse_prefill.cu",
+    "kernels/sparse_prefill_bf16.cu",
+    "kernels/sparse_prefill_fp8_v32.cu",
     "splitkv/combine.cu",
     "splitkv/schedule.cu",
 )
@@ -82,6 +85,13 @@ class SparseDecodeParams(DecodeParams):
     )
 
 
+class SparsePrefillParams(SparseDecodeParams):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("max_logits", "partial_max")),
+        ("heads_kv", ctypes.c_int),
+    )
+
+
 class ScheduleParams(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cache_seqlens", "metadata", "num_splits")),
@@ -113,6 +123,8 @@ def kernels(tmp_path_factory):
     loaded.emulate_append.restype = loaded.emulate_gather.restype = ctypes.c_char_p
     assert loaded.params_bytes(3) == ctypes.sizeof(AppendParams)
     assert loaded.params_bytes(4) == ctypes.sizeof(GatherParams)
+    loaded.emulate_sparse_prefill.restype = ctypes.c_char_p
+    assert loaded.params_bytes(5) == ctypes.sizeof(SparsePrefillParams)
     return loaded
 
 
@@ -304,6 +316,45 @@ def test_sparse_sources(kernels, format):
         kernels, format, b=4, s_q=2, topk=1500, lengths=lengths, extra=(100, others, 3), sink=sink, parts=9
     )
     assert splits >= 2
+
+
+@pytest.mark.parametrize("format", ("bf16", "bf16_512", "fp8_v32"))
+@pytest.mark.parametrize("heads_kv, group, topk, parts", [(1, 16, 80, 1), (1, 70, 200, 3), (2, 5, 1500, 5)])
+def test_sparse_prefill(kernels, format, heads_kv, group, topk, parts):
+    """A list and sinks for each KV head, lengths, entries that are none, split and whole."""
+    rng = np.random.default_rng(topk)
+    tokens, d_qk = 3 * heads_kv, FORMATS[format][1]
+    lengths = np.resize([topk, 0, topk // 2, 2**31 - 1], tokens).astype(np.int32)
+    source, (keys, indices, _), _owner = sparse_source(rng, format, tokens, 1, topk, lengths, 9, 7)
+    seqlens = np.clip(lengths, 0, topk)
+    plan = emulate_schedule(kernels, seqlens, parts)
+    q = rng.standard_normal((tokens, 1, group, d_qk), np.float32).astype(jnp.bfloat16)
+    sink = rng.standard_normal(heads_kv * group).astype(np.float32)
+    sink[[0, -1]] = -np.inf, np.inf
+    slots = max(1, parts - 1 + min(tokens, parts - 1))
+    out = np.full((tokens, 1, group, 512), np.nan, q.dtype)
+    lse, max_logits = (np.full((tokens, group), np.nan, np.float32) for _ in range(2))
+    partial = np.full((slots, 1, -(-group // 16) * 16, 512), np.nan, np.float32)
+    stats, partial_max = np.full((slots, 1, group, 2), np.nan, np.float32), np.full((slots, group), np.nan, np.float32)
+    pointers = (x.ctypes.data for x in (q, seqlens, *plan, out, lse, partial, stats))
+    sizes = (tokens, 1, group, 1, group, group, d_qk, 2**31 - 65, parts, slots)
+    scale = d_qk**-0.5
+    own = ((SparseSource * 2)(source), sink.ctypes.data, 1, KV_FORMATS.get(format, 0))
+    largest = max_logits.ctypes.data, partial_max.ctypes.data, heads_kv
+    params = SparsePrefillParams(*pointers, *sizes, scale, False, 0, None, *own, *largest)
+    assert kernels.emulate_sparse_prefill(ctypes.byref(params)) is None
+    for head in range(heads_kv):  # heads of other tokens
+        at = slice(head, None, heads_kv)
+        sources = [(keys, indices[at], lengths[at])]
+        exact, exact_lse = sparse_f64(q[at], sources, scale, sink[head * group : (head + 1) * group])
+        assert testing.cosine_difference(out[at], exact) <= 5e-6  # as for dense decode
+        assert testing.max_error(lse[at], exact_lse[..., 0]) <= 1e-4
+    for token in range(tokens):
+        seen = indices[token, 0, : seqlens[token]]
+        seen = seen[(seen >= 0) & (seen < len(keys))]
+        scores = q[token, 0].astype(np.float64) @ keys[seen].astype(np.float64).T * scale
+        assert testing.max_error(max_logits[token], scores.max(axis=-1, initial=-np.inf)) <= 1e-4
+    assert (plan[1][-1] > 0) == (topk > 200)  # else whole
 
 
 class KVPool(ctypes.Structure):

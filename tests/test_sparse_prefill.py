@@ -384,7 +384,7 @@ def lowered(*operands, with_lengths=True, implementation="cuda"):
     return jax.jit(f).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("s_q, h_kv, plans, chunk", [(1, 1, 1, 1), (70000, 1, 2, 35000), (75001, 2, 4, 37501)])
+@pytest.mark.parametrize("s_q, h_kv, plans, chunk", [(1, 1, 1, 1), (70000, 1, 2, 35000), (75001, 2, 4, 37502)])
 def test_cuda_lowering(cuda_build, s_q, h_kv, plans, chunk):
     """One call; lists in as many plans of one size as the planner needs, and the workspaces of one of them."""
     text = lowered(*specs(s_q, h_kv=h_kv))
@@ -393,7 +393,7 @@ def test_cuda_lowering(cuda_build, s_q, h_kv, plans, chunk):
     parts = num_parts(chunk, group, 1)
     slots = parts - 1 + min(chunk, parts - 1)
     operands, results = call.rsplit(" : ", 1)[1].split(" -> ")
-    assert chunk <= MAX_SEQUENCES and chunk * plans - lists < plans
+    assert chunk <= MAX_SEQUENCES and chunk % h_kv == 0 and chunk * plans - lists < plans * h_kv
     assert operands == (
         f"(tensor<{s_q}x16x576xbf16>, tensor<{1000 * h_kv}x1x1x576xbf16>, tensor<{s_q}x{h_kv}x64xi32>, "
         f"tensor<{lists}xi32>, tensor<0xf32>, tensor<{plans}x{chunk}xi32>, tensor<{plans}x{parts}x8xi32>, "

@@ -11,7 +11,7 @@
 namespace jax_flashmla {
 
 template <class Params>
-inline constexpr bool kSparse = std::is_same_v<Params, SparseDecodeParams>;
+inline constexpr bool kSparse = std::is_base_of_v<SparseDecodeParams, Params>;
 
 template <class Params>
 __device__ __forceinline__ int64_t lse_index(const Params& p, int seq, int head, int token) {
@@ -21,7 +21,8 @@ __device__ __forceinline__ int64_t lse_index(const Params& p, int seq, int head,
 
 // What the output is multiplied by: exp(lse) / (exp(lse) + exp(sink)). Only for rows that have a key: lse2 is not -inf.
 template <class Params>
-__device__ __forceinline__ float sink_factor(const Params& p, int head, float lse2) {
+__device__ __forceinline__ float sink_factor(const Params& p, int seq, int head, float lse2) {
+  if constexpr (std::is_same_v<Params, SparsePrefillParams>) head += seq % p.heads_kv * p.h_q;
   if constexpr (kSparse<Params>)
     if (p.attn_sink) return 1.f / (1.f + exp2_fast(p.attn_sink[head] * kLog2E - lse2));
   return 1.f;

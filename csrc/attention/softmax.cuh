@@ -44,22 +44,31 @@ __device__ __forceinline__ void mask_scores(float (&s)[32], uint64_t valid) {
       if (!(valid >> (8 * i + (e & 1)) & 1)) s[4 * i + e] = -INFINITY;
 }
 
-// Moves the reference of rows that outgrew it to their maximum; factor[r] is what their sum and output must be multiplied by. Uniform over the warp: true when
-// any did. Rows do not look at each other: what a row comes to must not depend on its neighbours.
-__device__ __forceinline__ bool update_reference(const float (&s)[32], float scale_log2, float (&reference)[2], float (&factor)[2]) {
-  float top[2];
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Of this thread's scores of a row.
+__device__ __forceinline__ float row_maximum(const float (&s)[32], int r) {
+  float top = s[2 * r];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    top[r] = s[2 * r];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) top[r] = fmaxf(top[r], fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-  }
+  for (int i = 0; i < 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+  return top;
+}
+
+// Moves the reference of rows that outgrew it to their maximum, top[r] being that of this thread's scores; factor[r] is what their sum and output must be
+// multiplied by. Uniform over the warp: true when any did. Rows do not look at each other: what a row comes to must not depend on its neighbours.
+__device__ __forceinline__ bool update_reference(float (&top)[2], float scale_log2, float (&reference)[2], float (&factor)[2]) {
   auto outgrown = [&](int r) { return fmaf(top[r], scale_log2, -reference[r]) > kReferenceSlack; };  // false for -inf - -inf
   if (!__any_sync(~0u, outgrown(0) || outgrown(1))) return false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
-    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
+    top[r] = quad_max(top[r]);
     const bool grew = outgrown(r);
     factor[r] = grew ? exp2_fast(reference[r] - top[r] * scale_log2) : 1.f;
     if (grew) reference[r] = top[r] * scale_log2;
@@ -80,11 +89,6 @@ __device__ __forceinline__ void probabilities(const float (&s)[32], float scale_
     sum[r] += a + b;
     p[i] = pack<T>(a, b);
   }
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 // Multiplies the rows of an output half (64x256) by factor[r].

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T, int kDqk>
 Status launch_dense_decode(const DenseDecodeParams& p) {
-  using Tr = Traits<T, kDqk, false>;
+  using Tr = Traits<T, kDqk, Keys::kPaged>;
   CUtensorMap q_map, k_map;
   if (Status error = encode_q_map<T>(q_map, p)) return error;
   const int64_t d = p.d_qk;

@@ -32,18 +32,23 @@ namespace jax_flashmla::seesaw {
 
 constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
 
-// kGathered: the tokens of a block are gathered one by one, and each has a bit that tells whether it is there; rows of those that are not hold zeros. Else
-// they are the tokens of a sequence in order: the rows see them up to some length, and a bit tells for 16 of them whether their page is there.
-template <class T_, int kDqk, bool kGathered_>
+// How keys come. kPaged: the tokens of a sequence in order, by TMA; rows see them up to some length, and a bit tells for 16 of them whether their page is
+// there. Else gathered one by one, and each has a bit that tells whether it is there; rows of those that are not hold zeros. kCopied: half of a slot at once.
+// kConverted: sub-tile after sub-tile, by threads that need registers.
+enum class Keys { kPaged, kCopied, kConverted };
+
+// kPrefill: rows also tell their largest score, and keys come from one list alone.
+template <class T_, int kDqk, Keys kKeys, bool kPrefill_ = false>
 struct Traits {
   using T = T_;
-  static constexpr bool kGathered = kGathered_;
+  static constexpr bool kGathered = kKeys != Keys::kPaged, kInOrder = kKeys == Keys::kConverted, kPrefill = kPrefill_;
   using Valid = std::conditional_t<kGathered, uint64_t, uint32_t>;
-  static constexpr int kComputeRegisters = kGathered ? 208 : 224, kProducerRegisters = kGathered ? 88 : 56;
+  static constexpr int kComputeRegisters = kInOrder ? 208 : 224, kProducerRegisters = kInOrder ? 88 : 56;
   static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);  // what the CTA is given; asking for more waits for ever
   static constexpr bool kRope = kDqk > kDv;
   static constexpr int kSubTiles = kDqk / 64;
-  static constexpr int kHalf = kDv / 2 / 64;  // sub-tiles of an output half
+  static constexpr int kHalf = kDv / 2 / 64;                                                                                     // sub-tiles of an output half
+  static __host__ __device__ constexpr int barrier_of(int t) { return kKeys == Keys::kCopied ? t / kHalf < 1 ? 0 : kHalf : t; }  // in k_full
 };
 
 constexpr int kShortPiece = 32;  // blocks, some 50 us: a last piece behind which combine is launched early
@@ -60,32 +65,36 @@ struct alignas(1024) Storage {
   SubTile k[2][Tr::kSubTiles];
   SubTile q[2 * Tr::kHalf];
   SubTile p[2];
-  float reference[2][64];       // the reference maximum each warpgroup's P was taken against
-  float row_sum[2][2][64];      // [parity of the work item][warpgroup]
-  typename Tr::Valid valid[2];  // of the block in a slot
+  float reference[2][64];                        // the reference maximum each warpgroup's P was taken against
+  float row_sum[2][2][Tr::kPrefill ? 128 : 64];  // [parity of the work item][warpgroup]; then largest scores
+  typename Tr::Valid valid[2];                   // of the block in a slot
   Walk walk[4];
   Part part;
-  Work work;                // the piece whose Q is in shared memory
-  int row_index[kRowTile];  // Cta::index_of, which divides
+  Work work;                                    // the piece whose Q is in shared memory
+  int row_index[Tr::kGathered ? 1 : kRowTile];  // Cta::index_of, which divides
   Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], q_full, q_empty;
 };
-static_assert(sizeof(Storage<Traits<__half, 576, false>>) <= 232448 && sizeof(Storage<Traits<__half, 576, true>>) <= 232448,
+static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && sizeof(Storage<Traits<__half, 576, Keys::kCopied, true>>) <= 232448,
               "the shared memory of an sm_90 CTA");
 
-// S = Q.K of slot kWg, in the order in which the sub-tiles arrive: this warpgroup's own half, rope, the other half; gathered, one after the other.
+// S = Q.K of slot kWg, in the order in which the sub-tiles arrive: this warpgroup's own half, rope, the other half; or one after the other.
 template <class Tr, int kWg>
 __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const uint32_t (&q_rope)[16], uint32_t phase) {
   using A = Atoms<typename Tr::T>;
   const uint64_t q = smem_desc(smem.q), k = smem_desc(smem.k[kWg]);
+  int waited = -1;
   pin(s);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < Tr::kSubTiles; ++i) {
-    const bool rope = Tr::kRope && i == (Tr::kGathered ? Tr::kSubTiles - 1 : Tr::kHalf);
+    const bool rope = Tr::kRope && i == (Tr::kInOrder ? Tr::kSubTiles - 1 : Tr::kHalf);
     const int j = Tr::kRope && i > Tr::kHalf ? i - 1 : i;
-    const int t = Tr::kGathered ? i : rope ? Tr::kSubTiles - 1 : (j + kWg * Tr::kHalf) % (2 * Tr::kHalf);
-    barrier_wait(smem.k_full[kWg][t], phase);
-    if (Tr::kGathered) fence_async_proxy();  // for the threads that stored the keys: with it they would wait for their loads, too
+    const int t = Tr::kInOrder ? i : rope ? Tr::kSubTiles - 1 : (j + kWg * Tr::kHalf) % (2 * Tr::kHalf);
+    if (Tr::barrier_of(t) != waited) {
+      waited = Tr::barrier_of(t);
+      barrier_wait(smem.k_full[kWg][waited], phase);
+      if (Tr::kGathered) fence_async_proxy();  // for the threads that stored the keys: with it they would wait for their loads, too
+    }
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
@@ -135,16 +144,18 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
   using T = typename Tr::T;
   cutlass::arch::warpgroup_reg_alloc<Tr::kComputeRegisters>();
   const Cta cta{p, smem.part};
-  if (threadIdx.x < kRowTile) smem.row_index[threadIdx.x] = cta.index_of(threadIdx.x);
+  if (!Tr::kGathered && threadIdx.x < kRowTile) smem.row_index[threadIdx.x] = cta.index_of(threadIdx.x);
   const int tile_row[2] = {16 * warp + lane / 4, 16 * warp + lane / 4 + 8};
-  const int index[2] = {cta.index_of(tile_row[0]), cta.index_of(tile_row[1])}, token[2] = {cta.token_of(tile_row[0]), cta.token_of(tile_row[1])},
-            first_token = cta.token_of(0);
+  // Rows of gathered keys are the heads of one token, in order.
+  auto index_of = [&](int row) { return !Tr::kGathered ? cta.index_of(row) : cta.row0() + row < p.rows ? cta.row0() + row : -1; };
+  auto token_of = [&](int row) { return Tr::kGathered ? 0 : cta.token_of(row); };
+  const int index[2] = {index_of(tile_row[0]), index_of(tile_row[1])}, token[2] = {token_of(tile_row[0]), token_of(tile_row[1])}, first_token = token_of(0);
   wait_for_predecessor();
   named_sync(kStart, kThreads);  // the part is there
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
   const float scale_log2 = fmaxf(p.softmax_scale, 1e-30f) * kLog2E;
   uint32_t k_phase = 0, q_phase = 0;
-  float o[128], s[32], reference[2], sum[2], factor[2];
+  float o[128], s[32], reference[2], sum[2], factor[2], largest[2];
   uint32_t probs[16], q_rope[16];
 
   using Wg0 = std::integral_constant<int, 0>;
@@ -163,6 +174,16 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     for (int r = 0; r < 2; ++r) sum[r] *= factor[r];
   };
 
+  auto follow_maximum = [&] {
+    float top[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = row_maximum(s, r);
+      if (Tr::kPrefill) largest[r] = fmaxf(largest[r], top[r]);
+    }
+    return update_reference(top, scale_log2, reference, factor);
+  };
+
   if (Tr::kRope && cta.part.begin_seq <= cta.last_seq()) load_rope(q_rope, cta, cta.part.begin_seq, index, lane);
   for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
     barrier_wait(smem.q_full, q_phase);
@@ -172,7 +193,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     // wait: combine reads the plan at once.
     if (seq == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) reference[r] = -INFINITY, sum[r] = 0.f;
+    for (int r = 0; r < 2; ++r) reference[r] = largest[r] = -INFINITY, sum[r] = 0.f;
     const int limit[2] = {cta.keys_of(w.len, token[0]), cta.keys_of(w.len, token[1])};
     const int all_see = cta.keys_of(w.len, first_token);  // tokens before this one are seen by every row of the tile
 
@@ -239,7 +260,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       if constexpr (kPair) named_arrive(kTurn1, kComputeThreads);
       if (block + 2 >= w.end) release_q();
       mask(block, valid);
-      if (update_reference(s, scale_log2, reference, factor)) rescale();
+      if (follow_maximum()) rescale();
       clear_tail(Wg0{}, block);
       probabilities<T, 0>(s, scale_log2, reference, sum, probs);
       publish(Wg0{}, First{});
@@ -283,7 +304,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         pin(s);
         if (block + 2 >= w.end) release_q();
         mask(block + 1, valid);
-        if (update_reference(s, scale_log2, reference, factor)) {
+        if (follow_maximum()) {
           wgmma_wait<0>();
           rescale();
         }
@@ -321,11 +342,15 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
 
     if (seq == cta.last_seq()) let_successor_start();
     // Both warpgroups hold the same reference; each summed its own blocks.
-    float (&row_sum)[2][64] = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
+    auto& row_sum = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = quad_sum(sum[r]);
-      if ((lane & 3) == 0) row_sum[wg][tile_row[r]] = sum[r];
+      if (Tr::kPrefill) largest[r] = quad_max(largest[r]);
+      if ((lane & 3) == 0) {
+        row_sum[wg][tile_row[r]] = sum[r];
+        if (Tr::kPrefill) row_sum[wg][kRowTile + tile_row[r]] = largest[r];
+      }
     }
     named_sync(kRowSums, kComputeThreads);
     float inverse[2];
@@ -334,17 +359,21 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
       const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
       inverse[r] = any ? 1.f / total : 0.f;
-      if (kSparse<Params> && any && index[r] >= 0) inverse[r] *= sink_factor(p, index[r], reference[r] + log2f(total));  // one token, so a row is a head
+      if (kSparse<Params> && any && index[r] >= 0) inverse[r] *= sink_factor(p, seq, index[r], reference[r] + log2f(total));  // one token, so a row is a head
       if (index[r] >= 0 && wg == 0 && (lane & 3) == 0) {
         if (w.slot < 0)
           p.lse[lse_index(p, seq, index[r] - token[r] * p.h_q, token[r])] = any ? (reference[r] + log2f(total)) * kLn2 : -INFINITY;
         else if (w.slot < p.slots)
           *partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r]) = make_float2(reference[r], total);
+        if constexpr (Tr::kPrefill) {
+          const float logit = fmaxf(row_sum[0][kRowTile + tile_row[r]], row_sum[1][kRowTile + tile_row[r]]) * scale_log2 * kLn2;
+          if (w.slot < p.slots) (w.slot < 0 ? p.max_logits + int64_t(seq) * p.h_q : p.partial_max + int64_t(w.slot) * p.h_q)[index[r]] = logit;
+        }
       }
     }
     if (w.slot < 0) {  // through P, which is free: both warpgroups are through with their last products
       T* out = static_cast<T*>(p.out) + cta.first_index(seq) * kDv + wg * (kDv / 2);
-      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return smem.row_index[16 * warp + i]; });
+      store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return Tr::kGathered ? index_of(16 * warp + i) : smem.row_index[16 * warp + i]; });
     } else if (w.slot < p.slots && cta.row0() + 16 * warp < p.rows) {
       float4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + lane;
 #pragma unroll

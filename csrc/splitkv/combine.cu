@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "attention/finish.cuh"
 #include "attention/softmax.cuh"
@@ -159,7 +160,7 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
       for (int i = lane / 4 + 8 * r; i < kThreads; i += kFragmentRows) total += smem.sum[i], top = fmaxf(top, smem.top[i]);
       const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
       float inverse = any ? 1.f / total : 0.f;
-      if (kSparse<Params> && any) inverse *= sink_factor(p, row[r], top + log2f(total));  // one token, so a row is a head
+      if (kSparse<Params> && any) inverse *= sink_factor(p, seq, row[r], top + log2f(total));  // one token, so a row is a head
       auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (int64_t(seq) * p.s_q * p.h_q + index[r]) * kDv + column);
 #pragma unroll
       for (int a = 0; a < 4; ++a)
@@ -167,6 +168,11 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
       if (column == 0) {
         const int token = row[r] / p.group, head = index[r] - token * p.h_q;
         p.lse[lse_index(p, seq, head, token)] = any ? (top + log2f(total)) * kLn2 : -INFINITY;
+        if constexpr (std::is_same_v<Params, SparsePrefillParams>) {
+          float logit = -INFINITY;
+          for (int s = 0; s < splits; ++s) logit = fmaxf(logit, p.partial_max[int64_t(first_slot + s) * p.h_q + head]);
+          p.max_logits[int64_t(seq) * p.h_q + head] = logit;
+        }
       }
     }
   }
@@ -232,5 +238,6 @@ static Status run(const Params& p) {
 
 Status run_combine(const DecodeParams& p) { return run(p); }
 Status run_combine(const SparseDecodeParams& p) { return run(p); }
+Status run_combine(const SparsePrefillParams& p) { return run(p); }
 
 }  // namespace jax_flashmla

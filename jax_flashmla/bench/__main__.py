@@ -19,6 +19,7 @@ from . import (
     dense_decode,
     end_to_end,
     gather,
+    model,
     protocol,
     report,
     schedule,
@@ -36,8 +37,8 @@ OPS: dict[str, protocol.Op] = {
     "append": append,
     "gather": gather,
     "sharding": sharding,
+    "model": model,
 }
-AGREEMENT = 1e-3  # cosine difference above which two contenders did not compute the same thing
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -95,8 +96,10 @@ def choose(wanted: list[str], op: protocol.Op) -> list[str]:
 def missing_package(args: argparse.Namespace) -> str | None:
     needed = ["matplotlib"] if args.plot else []
     needed += [] if args.source else ["tqdm"]
+    needed += ["flax"] if args.op == "model" and not args.source else []
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    return f"needs {' and '.join(missing)}: pip install 'jax-flashmla[bench]'" if missing else None
+    extras = "bench,flax" if "flax" in missing else "bench"
+    return f"needs {' and '.join(missing)}: pip install 'jax-flashmla[{extras}]'" if missing else None
 
 
 def no_hopper() -> str | None:
@@ -177,6 +180,9 @@ def run(args: argparse.Namespace) -> tuple[list[report.Row], bool]:
                 report.append_json(row, args.json)
         del work, chains
         gc.collect()  # buffers of this case, before those of the next
+    for row in rows:
+        if "tokens" in row:
+            print("\n" + report.step_line(row), flush=True)
     return rows, good
 
 
@@ -208,7 +214,7 @@ def prepare(work: protocol.Work) -> tuple[dict[str, protocol.Chain], bool]:
             expected = result
         elif result is not None and expected is not None:
             difference = testing.cosine_difference(result, expected)
-            if not difference <= AGREEMENT:
+            if not difference <= work.agreement:
                 print(f"{work.name}: {name} is left out: its result is not ours ({difference:.1e})", file=sys.stderr)
                 agreed = False
                 continue

@@ -64,6 +64,8 @@ class Work(NamedTuple):
     bytes: float
     contenders: Mapping[str, Callable[[], Chain]]  # ours first
     ceiling: str = "read"  # "copy" where as much is written as read
+    agreement: float = 1e-3  # cosine difference above which two contenders did not compute the same thing
+    tokens: int = 0  # that a call generates, where it is a step of a model
 
 
 class Setup(NamedTuple):

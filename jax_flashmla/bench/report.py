@@ -12,6 +12,7 @@ from .protocol import Ceilings, Timing, Work, roofline
 
 Row = dict[str, Any]
 OURS = "jax_flashmla"
+REST = "rest"  # a step of a model without its attention: timed beside ours, and no peer
 
 
 def make_row(op: str, work: Work, mode: str, times: dict[str, Timing], limits: Ceilings | None, facts: Row) -> Row:
@@ -24,6 +25,10 @@ def make_row(op: str, work: Work, mode: str, times: dict[str, Timing], limits: C
             "gbps": work.bytes / ours.us / 1e3,
             "roofline": roofline(work.flops, work.bytes, ours.us, limits, work.ceiling),
         }
+    step: Row = {}
+    if work.tokens:
+        share = 1 - times[REST].us / ours.us if REST in times else None
+        step = {"tokens": work.tokens, "tokens_per_second": 1e6 * work.tokens / ours.us, "attention": share}
     return {
         "op": op,
         "case": work.name,
@@ -32,7 +37,8 @@ def make_row(op: str, work: Work, mode: str, times: dict[str, Timing], limits: C
         "us": ours.us,
         "spread": list(ours.spread),
         **rates,
-        "peers": {name: time.us for name, time in times.items() if name != OURS},
+        **step,
+        "peers": {name: time.us for name, time in times.items() if name not in (OURS, REST)},
         "mhz": ours.mhz,
         "watts": ours.watts,
         "ceilings": limits._asdict() if limits else None,
@@ -65,6 +71,16 @@ def table_line(row: Row, peers: Sequence[str]) -> str:
     cells += [number(row["tflops"], ".0f"), number(row["gbps"], ".0f"), number(share, ".0f")]
     cells += [number(best_peer(row), ".2f"), *(number(row["peers"].get(peer), ".1f") for peer in peers)]
     return line([*cells, number(row["mhz"], ".0f"), number(row["watts"], ".0f")])
+
+
+def step_line(row: Row) -> str:
+    """What a row says about a model, in its units."""
+    rates = [
+        f"{name} {us / 1e3:.2f} ms a step, {1e6 * row['tokens'] / us:.0f} tokens/s"
+        for name, us in ((OURS, row["us"]), *row["peers"].items())
+    ]
+    share = "" if row["attention"] is None else f"; attention is {row['attention']:.0%} of ours"
+    return f"{row['case']}, {row['mode']}: {'; '.join(rates)}{share}"
 
 
 def ceilings_table(limits: dict[str, Ceilings]) -> str:

@@ -32,8 +32,8 @@ def cuda(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
         topk_length = jnp.broadcast_to(topk_length[:, None], (s_q, h_kv)).reshape(lists)
         lengths = jnp.clip(topk_length, 0, topk)
     if isinstance(lists, int):
-        plans = -(-lists // MAX_SEQUENCES)
-        chunk = -(-lists // plans)
+        plans = -(-s_q // max(1, MAX_SEQUENCES // h_kv))
+        chunk = -(-s_q // plans) * h_kv  # whole tokens
         lengths = jnp.pad(lengths, (0, plans * chunk - lists))
     else:  # symbolic under jax.export: one plan, or too many sequences at run time
         plans, chunk = 1, lists

@@ -3,6 +3,7 @@
 #include "kernels/dense_decode.h"
 #include "kernels/gather.h"
 #include "kernels/sparse_decode.h"
+#include "kernels/sparse_prefill.h"
 #include "splitkv/combine.h"
 #include "splitkv/schedule.h"
 
@@ -10,7 +11,8 @@ using namespace jax_flashmla;
 
 extern "C" {
 int params_bytes(int which) {
-  constexpr size_t kBytes[] = {sizeof(DenseDecodeParams), sizeof(ScheduleParams), sizeof(SparseDecodeParams), sizeof(AppendParams), sizeof(GatherParams)};
+  constexpr size_t kBytes[] = {sizeof(DenseDecodeParams), sizeof(ScheduleParams), sizeof(SparseDecodeParams),
+                               sizeof(AppendParams),      sizeof(GatherParams),   sizeof(SparsePrefillParams)};
   return int(kBytes[which]);
 }
 const char* emulate_schedule(const ScheduleParams* p) { return run_schedule(*p); }
@@ -28,6 +30,7 @@ const char* emulate_sparse_decode(const SparseDecodeParams* p) {
   if (Status error = launcher(*p)) return error;
   return p->num_parts > 1 ? run_combine(*p) : nullptr;
 }
+const char* emulate_sparse_prefill(const SparsePrefillParams* p) { return run_sparse_prefill(*p); }
 const char* emulate_combine(const DecodeParams* p) { return run_combine(*p); }
 const char* emulate_append(const AppendParams* p) { return run_append(*p); }
 const char* emulate_gather(const GatherParams* p) { return run_gather(*p); }

@@ -1,0 +1,380 @@
+// The producers of the sparse kernels: they fill the K slots of the seesaw with the tokens that a list of indices names.
+//
+// A query token is a sequence of the schedule: its keys are the blocks of 64 of its list, then those of its second list. A warp brings 16 of a block's 64
+// tokens: CopyRows those that are as they will be, ConvertRows fp8, a sub-tile after the other. Three steps hide the memory: entries are fetched two blocks
+// ahead, rows of fp8 are on their way to L2 a block ahead, and their codes to registers two sub-tiles ahead, across the ends of blocks and sequences.
+// Registers are short, so what can be had again is not kept. docs/kernels/sparse_decode.md, docs/kernels/sparse_prefill.md.
+#pragma once
+
+#include <type_traits>
+
+#include "attention/fp8.cuh"
+#include "hopper/barrier.cuh"
+#include "hopper/gather.cuh"
+#include "hopper/launch.cuh"
+#include "hopper/shared.cuh"
+#include "hopper/tma.cuh"
+#include "kernels/seesaw.cuh"
+
+namespace jax_flashmla::seesaw {
+
+constexpr Keys keys_of(KVFormat format) { return format == KVFormat::kPlain ? Keys::kCopied : Keys::kConverted; }
+
+constexpr int kListAhead = 2 * kBlockTokens;  // entries
+
+// What the list has for two rows of the block, and of which source they are slots; where they are none there is no token.
+struct Entries {
+  int index[2], source;
+};
+
+// A warp's walk over the blocks of a part, from sequence to sequence. In shared memory, because registers are short.
+template <class Tr>
+struct Cursor {
+  const Cta& cta;
+  const SparseDecodeParams& p;
+  Walk& at;
+
+  __device__ __forceinline__ void start() { settle({cta.part.begin_seq - 1, 0, 0, {0, 0}}); }
+  __device__ __forceinline__ void advance() {
+    Walk walk = at;
+    ++walk.block;
+    settle(walk);
+  }
+
+  __device__ __forceinline__ Entries fetch(int row) const {
+    const Walk walk = at;
+    const int first_blocks = (walk.entries[0] + kBlockTokens - 1) / kBlockTokens;
+    const int source = !Tr::kPrefill && walk.block >= first_blocks && walk.block < walk.end;
+    const int position = (walk.block - (source ? first_blocks : 0)) * kBlockTokens + row;
+    const int entries = walk.block >= walk.end ? 0 : source ? walk.entries[1] : walk.entries[0];
+    const int* list = (source ? p.sources[1].indices : p.sources[0].indices) + int64_t(walk.seq) * (source ? p.sources[1].topk : p.sources[0].topk) + position;
+    if (row % 32 == 0 && position + kListAhead < entries) prefetch_l2(list + kListAhead);
+    return {{int(gather_word<4>(list, position < entries, ~0u)), int(gather_word<4>(list + 8, position + 8 < entries, ~0u))}, source};
+  }
+
+ private:
+  __device__ __forceinline__ void settle(Walk walk) {
+    while (walk.block >= walk.end && walk.seq < cta.last_seq()) {
+      const Work w = cta.work(++walk.seq);
+      walk.block = w.begin, walk.end = w.end;
+#pragma unroll
+      for (int i = 0; i < (Tr::kPrefill ? 1 : 2); ++i) {
+        const SparseSource& source = p.sources[i];
+        walk.entries[i] = !source.cache ? 0 : source.topk_length ? min(max(source.topk_length[walk.seq], 0), source.topk) : source.topk;
+      }
+    }
+    __syncwarp();
+    if (lane_again() == 0) at = walk;
+    __syncwarp();
+  }
+};
+
+// Rows that are copied as they are. Eight lanes copy 128 bytes of a token, so a warp has four tokens in a copy: cp.async of whole lines, and few of them.
+template <class Tr>
+class CopyRows {
+  static constexpr int kRowBytes = 128 * Tr::kSubTiles;
+
+ public:
+  __device__ __forceinline__ CopyRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
+
+  // A barrier has half of a slot, of which every thread copied a part; behind the first half of a slot valid[] is there, too.
+  static __device__ int arrivals(int slot, int t) { return kWarpgroup + (t == slot * Tr::kHalf ? 4 : 0); }
+
+  __device__ __forceinline__ void start(Cursor<Tr>& cursor) {
+    cursor.start();
+    entries_ = cursor.fetch(row(lane_again()));
+    next(cursor);
+  }
+
+  // Fills a slot with the block before the one that the cursor points to.
+  __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase) {
+    if (slot == 0)
+      fill<0>(cursor, phase);
+    else
+      fill<1>(cursor, phase);
+  }
+
+ private:
+  // The half that is let go of first comes first.
+  template <int kSlot>
+  __device__ __forceinline__ void fill(Cursor<Tr>& cursor, uint32_t phase) {
+    const uint32_t valid = valid_;
+    const char* row[4] = {row_[0], row_[1], row_[2], row_[3]};
+    barrier_wait(smem_.k_empty[kSlot][kSlot], phase);
+    if (lane_again() == 0) {
+      reinterpret_cast<uint16_t*>(&smem_.valid[kSlot])[warp_] = uint16_t(valid);
+      barrier_arrive(smem_.k_full[kSlot][kSlot * Tr::kHalf]);
+    }
+    copy<kSlot, kSlot>(row);
+    next(cursor);
+    barrier_wait(smem_.k_empty[kSlot][1 - kSlot], phase);
+    copy<kSlot, 1 - kSlot>(row);
+  }
+
+  // Whose entries a lane fetches: eight lanes have all sixteen of the warp.
+  __device__ __forceinline__ int row(int lane) const { return 16 * warp_ + (lane & 7); }
+
+  template <int kSlot, int kHalf>
+  __device__ __forceinline__ void copy(const char* const (&row)[4]) const {
+    const int lane = lane_again();
+    const uint32_t to = smem_address(smem_.k[kSlot][0]) + (16 * warp_ + lane / 8) * 128;
+#pragma unroll
+    for (int t = kHalf * Tr::kHalf; t < (kHalf ? Tr::kSubTiles : Tr::kHalf); ++t)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) copy_async<16>(to + t * kSubTileBytes + 512 * j + (((lane & 7) ^ (4 * (j & 1) + lane / 8)) << 4), row[j] + t * 128, row[j]);
+    barrier_arrive_behind_copies(smem_.k_full[kSlot][kHalf * Tr::kHalf]);
+  }
+
+  // Goes on to the next block: where its tokens are, and the entries of the one behind it.
+  __device__ __forceinline__ void next(Cursor<Tr>& cursor) {
+    const int lane = lane_again();
+    const SparseSource& source = entries_.source ? p_.sources[1] : p_.sources[0];
+    auto exists = [&](int index) { return unsigned(index) < source.slots; };
+    valid_ = (__ballot_sync(~0u, exists(entries_.index[0])) & 0xFF) | __ballot_sync(~0u, exists(entries_.index[1])) << 8;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int index = __shfl_sync(~0u, entries_.index[j / 2], 4 * (j & 1) + lane / 8);
+      row_[j] = exists(index) ? static_cast<const char*>(source.cache) + int64_t(index) * kRowBytes + 16 * (lane & 7) : nullptr;
+    }
+    cursor.advance();
+    entries_ = cursor.fetch(row(lane));
+  }
+
+  const SparseDecodeParams& p_;
+  Storage<Tr>& smem_;
+  const int warp_;
+  const char* row_[4];  // this lane's 16 bytes of tokens lane / 8 + 4 j of the warp, of the block; nullptr where there is none
+  uint32_t valid_;      // a bit a token of the warp
+  Entries entries_;     // of the next block
+};
+
+// Rows of fp8. Lanes 4g .. 4g + 3 of a warp read two tokens.
+template <class Tr, KVFormat kFormat, int kAlign>
+class ConvertRows {
+  using R = Fp8Layout<kFormat>;
+  using Codes = uint4[2][2];                                                    // of two sub-tiles and two tokens: this lane's sixteen
+  static constexpr int kFp8Tiles = R::kLatent / 64, kLast = Tr::kSubTiles - 1;  // a sub-tile is 64 columns
+  static_assert(kFp8Tiles == kLast && Tr::kHalf == 4);
+
+ public:
+  __device__ __forceinline__ ConvertRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
+
+  // At the barrier of a sub-tile: of warps that stored, of threads that copied.
+  static __device__ int arrivals(int, int t) { return (t < kFp8Tiles ? 4 : 128) + (t == kLast ? 4 : 0); }
+
+  __device__ __forceinline__ void start(Cursor<Tr>& cursor) {
+    const int lane = lane_again();
+    cursor.start();
+    entries_ = cursor.fetch(row(lane));
+    next(cursor);
+  }
+
+  // Fills a slot with the block before the one that the cursor points to.
+  __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase) {
+    const int lane = lane_again();
+    const uint32_t valid = __reduce_or_sync(~0u, (row_[0] ? 1u << place(lane) : 0u) | (row_[1] ? 256u << place(lane) : 0u));
+    barrier_wait(smem_.k_empty[slot][0], phase);
+    if (lane == 0) reinterpret_cast<uint16_t*>(&smem_.valid[slot])[warp_] = uint16_t(valid);  // read behind the last sub-tile's barrier
+    const Fp8Scales scales[2] = {scales_of(scales_[0]), scales_of(scales_[1])};
+    if (__all_sync(~0u, scales[0].exact && scales[1].exact))
+      convert<true>(cursor, slot, phase, {scales[0].multipliers, scales[1].multipliers});
+    else
+      convert<false>(cursor, slot, phase, {scales_[0], scales_[1]});
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem_.k_full[slot][kLast]);
+  }
+
+ private:
+  // The first token of a thread is this row of the warp's sixteen, the second one the row 8 below. Eight lanes store at once: two rows, which lie in
+  // different banks when the swizzle tells them apart in bit 0 (codes: every other chunk) and in bit 2 (rope: half of the chunks).
+  static __device__ __forceinline__ int place(int lane) { return lane / 4 ^ (lane / 4 & 1) << 2; }
+  __device__ __forceinline__ int row(int lane) const { return 16 * warp_ + place(lane); }
+  // Where a chunk of 16 bytes of token i lies: rows of a sub-tile are 128 bytes.
+  __device__ __forceinline__ uint32_t to(int lane, int slot, int t, int i, int chunk) const {
+    return smem_address(smem_.k[slot][t]) + (row(lane) + 8 * i) * 128 + ((chunk ^ place(lane)) << 4);
+  }
+
+  // Where token i of the next block is, and how far behind its scales.
+  __device__ __forceinline__ const char* find(int i, int& scales) const {
+    const auto* cache = static_cast<const char*>(entries_.source ? p_.sources[1].cache : p_.sources[0].cache);
+    const unsigned index = unsigned(i ? entries_.index[1] : entries_.index[0]);
+    if (index >= (entries_.source ? p_.sources[1].slots : p_.sources[0].slots)) return nullptr;
+    if constexpr (kFormat == KVFormat::kFp8V4) {  // planes, and a page may be padded
+      const unsigned page_size = unsigned(entries_.source ? p_.sources[1].page_size : p_.sources[0].page_size);
+      const unsigned page = index / page_size, offset = index % page_size;
+      scales = int((page_size - offset) * R::kRow + offset * R::kScaleRow);
+      return cache + page * (entries_.source ? p_.sources[1].page_bytes : p_.sources[0].page_bytes) + offset * R::kRow;
+    } else {
+      if constexpr (kFormat == KVFormat::kFp8V32) scales = R::kScale;
+      return cache + int64_t(index) * R::kRow;
+    }
+  }
+
+  // Starts token i of the next block on its way to L2. Not both at once: of many, some get lost.
+  __device__ __forceinline__ void prefetch(int i) const {
+    const int lane = lane_again();
+    int scales = 0;
+    const char* row = find(i, scales);
+    if (!row) return;
+#pragma unroll
+    for (int o = 0; o < R::kRow; o += 512) prefetch_l2(row + min(o + 128 * (lane & 3), R::kRow - 1));  // lines of 128 bytes
+    if (kFormat == KVFormat::kFp8V4 && (lane & 3) == 0) prefetch_l2(row + scales);
+  }
+
+  // Goes on to the next block: what it begins with starts to load, and the entries of the one behind it.
+  __device__ __forceinline__ void next(Cursor<Tr>& cursor) {
+    const int lane = lane_again();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      constexpr int kShare = R::kTile == 64 ? 2 : 4;
+      int scales = 0;
+      row_[i] = find(i, scales);
+      scales_[i] = gather_word<kShare>(row_[i] + scales + kShare * (lane & 3), row_[i], 0);
+    }
+    load(a_, 0);
+    cursor.advance();
+    entries_ = cursor.fetch(row(lane));
+  }
+
+  // This lane's scales are those of sub-tiles 2 (lane & 3) and the one behind.
+  static __device__ __forceinline__ Fp8Scales scales_of(uint32_t scale) {
+    return R::kTile == 64 ? Fp8Scales::of_e8m0(scale & 0xFF, scale >> 8) : Fp8Scales::of_float(scale);
+  }
+
+  // Starts the loads of sub-tiles t and t + 1. Zeros without a row: zero times anything finite is zero in the output.
+  __device__ __forceinline__ void load(Codes& codes, int t) const {
+    const int lane = lane_again();
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) codes[u][i] = gather<kAlign>(row_[i] + (t + u) * 64 + 16 * (lane & 3), row_[i] && t + u < kFp8Tiles);
+  }
+
+  // The sub-tiles of fp8, two by two, and the one behind them. Loads run two sub-tiles ahead, into the next block. kExact: one multiplication by a
+  // multiplier does it; else `scales` are as in the cache.
+  template <bool kExact>
+  __device__ __forceinline__ void convert(Cursor<Tr>& cursor, int slot, uint32_t phase, const uint32_t (&scales)[2]) {
+    Codes b;
+#pragma unroll
+    for (int t = 0; t < 2 * Tr::kHalf; t += Tr::kHalf) {
+      if (t > 0) barrier_wait(smem_.k_empty[slot][1], phase), copy(slot, kLast);
+      if (kAlign == 16) load(b, t + 2), prefetch(t > 0);
+      store<kExact>(slot, t, a_, scales);
+      if (kAlign < 16) load(b, t + 2);  // twice as many loads: early they are too many for the registers
+      if (t == 0)
+        load(a_, Tr::kHalf);
+      else
+        next(cursor);
+      store<kExact>(slot, t + 2, b, scales);
+    }
+  }
+
+  template <bool kExact>
+  __device__ __forceinline__ void store(int slot, int t, const Codes& codes, const uint32_t (&scales)[2]) const {
+    const int lane = lane_again();
+    uint32_t two[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) two[i] = __shfl_sync(~0u, scales[i], (lane & ~3) | t / 2);
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      if (t + u >= kFp8Tiles) break;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint4 out[2];
+        if constexpr (kExact)
+          dequantize(out, codes[u][i], R::kTile == 64 ? permute_bytes(two[i], u ? 0x3232 : 0x1010) : two[i]);
+        else
+          dequantize_slowly(out, codes[u][i], R::kTile == 64 ? e8m0(two[i] >> (8 * u) & 0xFF) : __uint_as_float(two[i]));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) store_shared(to(lane, slot, t + u, i, 2 * (lane & 3) + j), out[j]);
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(smem_.k_full[slot][t + u]);
+    }
+  }
+
+  // The sub-tile of rope, which is as it will be.
+  __device__ __forceinline__ void copy(int slot, int t) const {
+    const int lane = lane_again();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int chunk = 4 * half + (lane & 3);
+        copy_async<kAlign>(to(lane, slot, t, i, chunk), row_[i] + R::kRope + (t - kFp8Tiles) * 128 + 16 * chunk, row_[i]);
+      }
+    barrier_arrive_behind_copies(smem_.k_full[slot][t]);
+  }
+
+  const SparseDecodeParams& p_;
+  Storage<Tr>& smem_;
+  const int warp_;
+  const char* row_[2];  // of the block; nullptr where there is no token
+  Entries entries_;     // of the next block
+  Codes a_;             // sub-tiles 0 and 1 of the block, and its scales
+  uint32_t scales_[2];
+};
+
+template <class Tr, class Producer>
+__device__ __forceinline__ void produce(const CUtensorMap& q_map, const SparseDecodeParams& p, Storage<Tr>& smem, int warp, int lane) {
+  cutlass::arch::warpgroup_reg_dealloc<Tr::kProducerRegisters>();
+  if (warp == 0 && lane < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[lane], Producer::arrivals(lane / Tr::kSubTiles, lane % Tr::kSubTiles));
+  if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
+  if (warp == 2 && lane == 0) barrier_init(smem.q_full, 1);
+  if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
+  if (warp == 0 && lane == 0) tma_prefetch_map(q_map);
+  barrier_init_fence();
+  const Cta cta{p, smem.part};  // not in registers, of which there are none to spare
+  named_sync(kProducersReady, kWarpgroup);
+  wait_for_predecessor();
+  if (warp == 0 && lane == 0) smem.part = load_part(p);
+  named_sync(kProducersReady, kWarpgroup);
+  named_arrive(kStart, kThreads);
+
+  Cursor<Tr> cursor{cta, p, smem.walk[warp]};
+  Producer gather(p, smem, warp);
+  gather.start(cursor);
+  uint32_t k_phases = 3, q_phase = 1;  // a bit a slot
+  for (int seq = smem.part.begin_seq; seq <= cta.last_seq(); ++seq) {
+    const Work w = cta.work(seq);
+    if (warp == 0 && lane_again() == 0) {
+      barrier_wait(smem.q_empty, q_phase);
+      smem.work = w;  // published by the barrier
+      barrier_expect(smem.q_full, 2 * Tr::kHalf * kSubTileBytes);
+#pragma unroll 1
+      for (int t = 0; t < 2 * Tr::kHalf; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
+    }
+    __syncwarp();
+    q_phase ^= 1;
+    for (int i = 0; i < w.end - w.begin; ++i) {
+      gather.block(cursor, i & 1, k_phases >> (i & 1) & 1);
+      k_phases ^= 1 << (i & 1);
+    }
+  }
+}
+
+// What a thread of a sparse kernel does.
+template <class Tr, KVFormat kFormat, int kAlign, class Params>
+__device__ __forceinline__ void attend(const CUtensorMap& q_map, const Params& p, Storage<Tr>& smem) {
+  using Producer = std::conditional_t<kFormat == KVFormat::kPlain, CopyRows<Tr>, ConvertRows<Tr, kFormat, kAlign>>;
+  // Broadcast, so that the compiler sees warp-uniform branches.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
+  if (warp >= 8)
+    produce<Tr, Producer>(q_map, p, smem, warp - 8, lane);
+  else
+    compute<Tr>(p, smem, warp / 4, warp % 4, lane);
+}
+
+template <class Tr, class Params>
+Status launch_attend(void (*kernel)(CUtensorMap, Params), const Params& p) {
+  CUtensorMap q_map;
+  if (Status error = encode_q_map<typename Tr::T>(q_map, p)) return error;
+  const dim3 grid((p.rows + kRowTile - 1) / kRowTile, 1, p.num_parts);
+  const int cluster = grid.x % 2 == 0 ? 2 : 1;  // row tiles gather the same tokens: side by side, the second one finds them in L2
+  constexpr size_t smem = sizeof(Storage<Tr>);
+  if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return cudaGetErrorString(err);
+  if (cudaError_t err = launch(kernel, {grid, kThreads, smem, cluster}, p.stream, q_map, p)) return cudaGetErrorString(err);
+  return nullptr;
+}
+
+}  // namespace jax_flashmla::seesaw
