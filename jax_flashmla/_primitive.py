@@ -25,7 +25,6 @@ class Op(NamedTuple):
     target: str | None
     reference: Callable[..., Sequence[jax.Array]]
     unsupported: Callable[..., str | None]
-    on_request: bool
     forward: Callable[..., Sequence[jax.Array]]
 
     def __call__(self, *operands: jax.Array, implementation: str | None = None, **attributes: Any):
@@ -34,7 +33,7 @@ class Op(NamedTuple):
             raise ValueError(
                 f"{self.name}: implementation='cuda' cannot be used: {problem}; use implementation=None or 'xla'"
             )
-        if problem or implementation == "xla" or (implementation is None and self.on_request):
+        if problem or implementation == "xla":
             # Devices of a mesh that share an operand sum its gradient: out here, and not in a branch of the reference
             # that some of them do not take.
             return self.reference(*(match_varying(x, *operands) for x in operands), **attributes)
@@ -54,7 +53,6 @@ def define(
     cuda: Callable[..., Sequence[jax.Array]] | None = None,
     batch: Callable[..., Sequence[jax.Array]],
     unsupported: Callable[..., str | None] = lambda *operands: None,
-    on_request: bool = False,
 ) -> Op:
     """Defines an op from plain functions that all take `(*operands, **attributes)`.
 
@@ -68,7 +66,6 @@ def define(
       batch: `(bind, size, operands, mapped) -> results`: folds the leading vmapped axis of the operands flagged in
         `mapped` into an axis that the op has, calls `bind(*operands)`, and gives every result a leading axis again.
       unsupported: why no kernel takes these operands, in words; None when one does.
-      on_request: only `implementation="cuda"` takes the kernel; None means the reference everywhere.
     """
     primitive = Primitive(f"jax_flashmla_{name}")
     primitive.multiple_results = True
@@ -129,7 +126,7 @@ def define(
             "operands, or use implementation='xla', which is differentiable"
         )
 
-    OPS[name] = op = Op(name, target, reference, unsupported, on_request, forward)
+    OPS[name] = op = Op(name, target, reference, unsupported, forward)
     return op
 
 

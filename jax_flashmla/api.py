@@ -96,8 +96,7 @@ def flash_mla_with_kvcache(
 
     Dense without `indices`: each sequence attends to its pages in `block_table`. Sparse with `indices`: each query
     token attends to the tokens that its row of `indices` names, in a plain cache or in one of the fp8 formats of
-    `jax_flashmla.kvcache`. Sparse decode runs through the XLA reference unless `implementation="cuda"` asks for
-    its kernel.
+    `jax_flashmla.kvcache`.
 
     Args:
       q: bfloat16 or float16 `[b, s_q, h_q, d_qk]` with `d_qk` 576 or 512; float32 runs through the reference. bfloat16
@@ -127,9 +126,8 @@ def flash_mla_with_kvcache(
         None is all of them.
       extra_topk_length: int32 `[b]`, the same for `extra_indices_in_kvcache`.
       descale_q, descale_k: FlashMLA's arguments for dense fp8 caches, not in this version.
-      implementation: None takes the CUDA kernel of dense decode where the computation is lowered for a Hopper GPU, else
-        the XLA reference; "cuda" insists on the kernel, dense or sparse; "xla" forces the reference, which is
-        differentiable.
+      implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else the XLA
+        reference; "cuda" insists on the kernel; "xla" forces the reference, which is differentiable.
 
     Returns:
       `out`, q's dtype, `[b, s_q, h_q, 512]`, and `softmax_lse`, float32 `[b, h_q, s_q]`, the natural logarithm of the
@@ -137,8 +135,8 @@ def flash_mla_with_kvcache(
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or is traced and must be static; the
-        message says which, what was expected, and what to do. `vmap` over the `k_cache` of dense decode is a ValueError
-        too, and so is one over that of sparse decode with `implementation="cuda"`.
+        message says which, what was expected, and what to do. `vmap` over the `k_cache` is a ValueError too, but for
+        sparse decode with `implementation="xla"`.
       NotImplementedError: an argument for sparse decode is used without `indices`, or one that this version does not
         have; or the call is differentiated without `implementation="xla"`.
       RuntimeError: `implementation="cuda"` and there is no Hopper GPU or no CUDA build.
@@ -239,8 +237,7 @@ def flash_mla_sparse_fwd(
     """Sparse Multi-head Latent Attention of many query tokens, a prompt: each attends to the keys its lists name.
 
     Query head h attends to the `[latent | rope]` rows that `indices[:, h // (h_q // h_kv)]` names; the values are the
-    first 512 columns of the same rows. Scores, softmax and sums are in float32. Causality is up to `indices`. Runs
-    through the XLA reference unless `implementation="cuda"` asks for its kernel.
+    first 512 columns of the same rows. Scores, softmax and sums are in float32. Causality is up to `indices`.
 
     Args:
       q: bfloat16, float16 or float32 `[s_q, h_q, d_qk]` with `d_qk` 576 or 512; the kernel takes bfloat16. bfloat16 or
@@ -257,8 +254,8 @@ def flash_mla_sparse_fwd(
         effect and +inf gives 0. lse and max_logits do not change.
       topk_length: int32 `[s_q]`, how many entries of a token's lists count, those beyond are not read. None is all of
         them.
-      implementation: None and "xla" take the XLA reference; "cuda" insists on the kernel. Only "xla" promises to stay
-        differentiable; no gradient flows through max_logits.
+      implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else the XLA
+        reference; "cuda" insists on the kernel; "xla" forces the reference, which is differentiable but for max_logits.
 
     Returns:
       `out`, q's dtype, `[s_q, h_q, 512]`; `max_logits`, float32 `[s_q, h_q]`, the largest scaled score; and `lse`,
@@ -267,9 +264,9 @@ def flash_mla_sparse_fwd(
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or is traced and must be static; the
-        message says which, what was expected, and what to do. `vmap` over attn_sink with `implementation="cuda"` is a
-        ValueError, and so is one over so many pools that their slots together pass 2**31.
-      NotImplementedError: the call is differentiated with `implementation="cuda"`.
+        message says which, what was expected, and what to do. `vmap` over attn_sink is a ValueError but with
+        `implementation="xla"`, and so is one over so many pools that their slots together pass 2**31.
+      NotImplementedError: the call is differentiated without `implementation="xla"`.
       RuntimeError: `implementation="cuda"` and there is no Hopper GPU or no CUDA build.
 
     Source: DeepSeek-V3.2-Exp, github.com/deepseek-ai/DeepSeek-V3.2-Exp (DeepSeek Sparse Attention); FlashMLA,

@@ -1,5 +1,5 @@
-"""A reduced grid for compute-sanitizer: every instantiation of dense and sparse decode, split and unsplit, and the
-cache operations of every format, small enough for racecheck.
+"""A reduced grid for compute-sanitizer: every instantiation of dense and sparse decode and of sparse prefill, split and
+unsplit, and the cache operations of every format, small enough for racecheck.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python scripts/sanitize.py
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, kvcache, testing
+from jax_flashmla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, kvcache, testing
 from jax_flashmla.cases import EDGES, Case
 
 CASES = (
@@ -120,10 +120,48 @@ def check_sparse(format: str, page_size: int, padded: bool, h_q: int, d_qk: int)
     return good
 
 
+def check_prefill(format: str, h_q: int, d_qk: int, h_kv: int) -> bool:
+    """Entries that are none, lengths, sinks, a token without a key; lists of up to 15 blocks, some of them split."""
+    rng = np.random.default_rng(0)
+    tokens = 300
+    rows = rng.standard_normal((tokens, h_kv, d_qk), np.float32)
+    kv: Any = rows.astype(jnp.bfloat16)
+    if format != "rows":
+        append: Any = kvcache.append_kv_cache
+        with on_cpu():
+            pool: Any = kvcache.init_kv_cache(-(-tokens // 7), format, page_size=7)
+            slots = np.arange(tokens, dtype=np.int32)
+            kv = np.asarray(append(pool, rows[:, 0, :-64], rows[:, 0, -64:], slots, format=format))
+    q = rng.standard_normal((5, h_q, d_qk)).astype(jnp.bfloat16)
+    indices = rng.integers(-2, tokens + 2, (5, h_kv, 900), np.int32)
+    lengths = np.array([900, 0, 130, 2**31 - 1, 64], np.int32)
+    sink = rng.standard_normal(h_q).astype(np.float32)
+
+    def run(implementation: str) -> list[np.ndarray]:
+        prefill: Any = flash_mla_sparse_fwd
+        results = prefill(q, kv, indices, None, attn_sink=sink, topk_length=lengths, implementation=implementation)
+        return [np.asarray(x, np.float32) for x in results]
+
+    with on_cpu():
+        expected, *logs = run("xla")
+    out, *own_logs = run("cuda")
+    good = testing.cosine_difference(out, expected) <= 2e-5  # both round probabilities and results to 16 bits
+    good &= all(testing.max_error(x, y) <= 1e-3 for x, y in zip(own_logs, logs, strict=True))
+    print(f"prefill {format}, {h_q} heads of {h_kv}, d {d_qk}: {'ok' if good else 'WRONG'}", flush=True)
+    return good
+
+
 SPARSE = (
     *(("fp8_v32", 16, False, h_q, 576) for h_q in (16, 70)),
     *(("fp8_v4", page_size, padded, 16, 512) for page_size, padded in ((69, False), (16, True))),
     *((format, 64, False, 20, d_qk) for format in ("bf16", "f16") for d_qk in (576, 512)),
+)
+PREFILL = (
+    ("rows", 70, 576, 1),
+    ("rows", 16, 512, 1),
+    ("rows", 12, 576, 2),
+    ("bf16", 20, 576, 1),
+    ("fp8_v32", 70, 576, 1),
 )
 
 
@@ -172,7 +210,7 @@ def plant(tool: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plant", choices=PLANTED, metavar="TOOL", help=f"one of {', '.join(PLANTED)}")
-    parser.add_argument("--only", choices=("dense", "cache", "sparse"), help="one of the three")
+    parser.add_argument("--only", choices=("dense", "cache", "sparse", "prefill"), help="one of the four")
     args = parser.parse_args()
     if args.plant:
         jax.block_until_ready(jax.numpy.zeros(1, device=jax.devices("gpu")[0]))
@@ -185,6 +223,8 @@ def main() -> int:
         results += [check_cache(*pool) for pool in POOLS]
     if args.only in (None, "sparse"):
         results += [check_sparse(*pool) for pool in SPARSE]
+    if args.only in (None, "prefill"):
+        results += [check_prefill(*shape) for shape in PREFILL]
     return 0 if all(results) else 1
 
 

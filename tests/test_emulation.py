@@ -82,6 +82,7 @@ class SparseDecodeParams(DecodeParams):
         ("attn_sink", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
         ("format", ctypes.c_int),
+        ("prefetch", ctypes.c_bool),
     )
 
 
@@ -286,7 +287,7 @@ def emulate_sparse(
     sizes = (tokens, 1, h_q, 1, h_q, h_q, d_qk, 2**31 - 65, parts, slots)
     own = (SparseSource * 2)(*(source for source, _, _ in sources)), None if sink is None else sink.ctypes.data
     scale = d_qk**-0.5
-    params = SparseDecodeParams(*pointers, *sizes, scale, False, 0, None, *own, s_q, KV_FORMATS.get(format, 0))
+    params = SparseDecodeParams(*pointers, *sizes, scale, False, 0, None, *own, s_q, KV_FORMATS.get(format, 0), False)
     assert kernels.emulate_sparse_decode(ctypes.byref(params)) is None
     exact, exact_lse = sparse_f64(q, [oracle for _, oracle, _ in sources], scale, sink)
     # As for dense decode.
@@ -339,7 +340,7 @@ def test_sparse_prefill(kernels, format, heads_kv, group, topk, parts):
     pointers = (x.ctypes.data for x in (q, seqlens, *plan, out, lse, partial, stats))
     sizes = (tokens, 1, group, 1, group, group, d_qk, 2**31 - 65, parts, slots)
     scale = d_qk**-0.5
-    own = ((SparseSource * 2)(source), sink.ctypes.data, 1, KV_FORMATS.get(format, 0))
+    own = ((SparseSource * 2)(source), sink.ctypes.data, 1, KV_FORMATS.get(format, 0), False)
     largest = max_logits.ctypes.data, partial_max.ctypes.data, heads_kv
     params = SparsePrefillParams(*pointers, *sizes, scale, False, 0, None, *own, *largest)
     assert kernels.emulate_sparse_prefill(ctypes.byref(params)) is None

@@ -342,7 +342,7 @@ def test_vmap_over_pools():
     q, cache, _, indices, _ = problem("fp8_v32")
     other = problem("fp8_v32", seed=1)
     caches, many = np.stack([cache, other[1]]), np.stack([indices, other[3]])
-    got = jax.vmap(decode, in_axes=(None, 0, 0))(q, caches, many)
+    got = jax.vmap(functools.partial(decode, implementation="xla"), in_axes=(None, 0, 0))(q, caches, many)
     for e in range(2):
         for x, y in zip(got, decode(q, caches[e], many[e])):
             np.testing.assert_allclose(np.float32(x[e]), np.float32(y), rtol=2**-7, atol=2**-9)
@@ -460,12 +460,14 @@ def test_what_the_refusals_change_is_accepted():
     assert out.shape == (2, 1, 4, 512)
 
 
-def test_lowering_for_cuda_takes_the_reference_without_a_warning(cuda_build):
-    q, cache, _, indices, _ = problem("fp8_v32")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        text = jax.jit(decode).trace(q, cache, indices).lower(lowering_platforms=("cuda",)).as_text()
-    assert "jax_flashmla." not in text and "custom_call" not in text
+def test_lowering_for_cuda_takes_the_kernel_without_a_warning(cuda_build):
+    """And float32 queries the reference."""
+    for dtype in (BF16, np.float32):
+        q, cache, _, indices, _ = problem("fp8_v32", dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            text = jax.jit(decode).trace(q, cache, indices).lower(lowering_platforms=("cuda",)).as_text()
+        assert ("jax_flashmla.sparse_decode" in text) == (dtype == BF16)
 
 
 MERGE = dict(

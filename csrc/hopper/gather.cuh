@@ -74,6 +74,8 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* p, bool ther
 __device__ __forceinline__ void barrier_arrive_behind_copies(Barrier& bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&bar)) : "memory");
 }
+// So many bytes, to L2: multiples of 16.
+__device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes)); }
 // The line of 128 bytes that p points into, to L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

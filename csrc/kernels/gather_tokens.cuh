@@ -109,6 +109,15 @@ class CopyRows {
     next(cursor);
     barrier_wait(smem_.k_empty[kSlot][1 - kSlot], phase);
     copy<kSlot, 1 - kSlot>(row);
+    if (p_.prefetch) prefetch();
+  }
+
+  // Starts the next block on its way to L2. The other row tile of a cluster of two brings the same tokens, so each does half of them.
+  __device__ __forceinline__ void prefetch() const {
+    const int lane = lane_again();
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if ((lane & 7) == 0 && row_[j] && (gridDim.x % 2 != 0 || j % 2 == (blockIdx.x & 1))) prefetch_l2(row_[j], kRowBytes);
   }
 
   // Whose entries a lane fetches: eight lanes have all sixteen of the warp.

@@ -17,7 +17,10 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_prefill_kernel(const __gri
 template <class T, int kDqk, KVFormat kFormat>
 Status launch_sparse_prefill(const SparsePrefillParams& p) {
   using Tr = Traits<T, kDqk, keys_of(kFormat), true>;
-  return launch_attend<Tr>(sparse_prefill_kernel<Tr, kFormat>, p);
+  // Where both of two row tiles want rows that L2 has not. One tile alone is at the limit of the memory, and rows that L2 has come as fast without.
+  SparsePrefillParams own = p;
+  own.prefetch = p.rows > kRowTile && p.sources[0].slots * Tr::kSubTiles * 128 > l2_bytes();
+  return launch_attend<Tr>(sparse_prefill_kernel<Tr, kFormat>, own);
 }
 
 }  // namespace jax_flashmla::sparse_prefill

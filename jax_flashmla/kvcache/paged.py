@@ -151,7 +151,8 @@ def append_kv_cache(
       rope: the same dtypes, `[t, 64]`.
       slots: int32 `[t]` from `slot_mapping`. Negative slots and those behind the pool are skipped and touch nothing.
       format: static; "bf16", "f16", "fp8_v32" or "fp8_v4".
-      implementation: "cuda" takes the CUDA kernel or raises; None and "xla" are plain XLA in this version.
+      implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else plain XLA;
+        "cuda" insists on the kernel; "xla" forces plain XLA, which is differentiable.
 
     Returns:
       The cache with the new rows.
@@ -198,7 +199,8 @@ def gather_kv_cache(
       cache_seqlens: int32 `[b]`, keys per sequence, clamped to `[0, max_pages * page_size]`.
       total: static, rows of the result. Sequences that do not fit are cut off.
       format: static; "bf16", "f16", "fp8_v32" or "fp8_v4".
-      implementation: "cuda" takes the CUDA kernel or raises; None and "xla" are plain XLA in this version.
+      implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else plain XLA;
+        "cuda" insists on the kernel; "xla" forces plain XLA, which is differentiable.
 
     Returns:
       `[total, d_qk]`, `[latent | rope]`: bfloat16, float16 for `f16`. Zeros behind the last sequence and for tokens of

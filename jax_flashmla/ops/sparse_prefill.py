@@ -81,5 +81,4 @@ sparse_prefill = define(
     cuda=cuda,
     batch=batch,
     unsupported=unsupported,
-    on_request=True,  # its GPU tests and the sanitizers have not passed yet
 )

@@ -43,6 +43,10 @@ void copy_async(uint32_t to, const void* p, bool there) {
 }
 inline void barrier_arrive_behind_copies(Barrier& bar) { barrier_arrive(bar); }
 // Reads what it points to, so that an address out of bounds shows.
+inline void prefetch_l2(const void* p, uint32_t bytes) {
+  for (uint32_t i = 0; i < bytes; ++i) [[maybe_unused]]
+    volatile char read = static_cast<const char*>(p)[i];
+}
 inline void prefetch_l2(const void* p) { [[maybe_unused]] volatile char read = *static_cast<const char*>(p); }
 
 }  // namespace jax_flashmla
