@@ -100,7 +100,7 @@ def kernels(tmp_path_factory):
     for file in (build / "csrc").rglob("*.cu*"):
         shared = r"auto* \2 = reinterpret_cast<\1*>(emulation::shared_memory);"
         file.write_text(re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, file.read_text()))
-    flags = ["-std=c++20", "-O2", "-w", "-fPIC", "-pthread", "-include", "emulation.h"]
+    flags = ["-std=c++20", "-O2", "-w", "-fPIC", "-include", "emulation.h"]
     flags += ["-I", str(HERE / "emulation"), "-I", str(build / "csrc")]
     sources = [str(HERE / "emulation" / "entry.cc"), "-x", "c++", *(str(build / "csrc" / name) for name in SOURCES)]
     library = build / "emulation.so"
