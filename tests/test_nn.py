@@ -412,12 +412,20 @@ def test_softmax_scales_of_the_published_models():
 
 
 def test_parameters_of_the_published_models():
-    """Billions; nothing is initialised."""
+    """Billions; nothing is initialised. Layers with experts are all alike: two of them tell what a large model has."""
     published = (DeepseekConfig.v2_lite(), 15.7), (DeepseekConfig.v2(), 235.7), (DeepseekConfig.v3(), 671.0)
+
+    def count(config, layers):
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+        model = nnx.eval_shape(lambda: DeepseekForCausalLM(config, rngs=nnx.Rngs(0)))
+        return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
     for config, billions in published:
-        model = nnx.eval_shape(lambda config=config: DeepseekForCausalLM(config, rngs=nnx.Rngs(0)))
-        count = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        assert count / 1e9 == pytest.approx(billions, rel=2e-3)
+        layers, few = config.num_hidden_layers, config.first_k_dense_replace + 1
+        one, two = count(config, few), count(config, few + 1)
+        total = one + (two - one) * (layers - few)
+        assert total / 1e9 == pytest.approx(billions, rel=2e-3)
+        assert config != DeepseekConfig.v2_lite() or total == count(config, layers)
 
 
 def test_other_widths_are_refused():

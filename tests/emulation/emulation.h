@@ -1,22 +1,22 @@
-// A CTA on the host: every CUDA thread is a thread, shared memory is an array, and asynchronous instructions finish at once. With the headers in hopper/ beside
+// A CTA on the host: every CUDA thread is a fiber, shared memory is an array, and asynchronous instructions finish at once. With the headers in hopper/ beside
 // it, which stand in for csrc/hopper/, the kernels compile as C++20 and run without a GPU. It shows wrong indices, wrong masks, wrong phases and deadlocks; it
-// cannot show a missing fence or a missing wait for an asynchronous copy or product.
+// cannot show a missing fence or a missing wait for an asynchronous copy or product. A fiber runs until it has to wait; which one goes on then is drawn.
 #pragma once
+#undef _FORTIFY_SOURCE  // knows one stack, and takes a jump to another one for a mistake
+
+#include <ucontext.h>
 
 #include <algorithm>
-#include <barrier>
 #include <bit>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
-#include <mutex>
-#include <thread>
+#include <random>
 #include <type_traits>
 #include <vector>
 
@@ -32,7 +32,7 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline thread_local dim3 threadIdx, blockIdx, gridDim;
+inline dim3 threadIdx, blockIdx, gridDim;
 using std::max, std::min;
 
 struct uint2 {
@@ -104,33 +104,85 @@ struct TransactionBarrier {
   long bytes = 0, phase = 0;
 };
 struct Warp {
-  std::barrier<> barrier{32};
+  NamedBarrier barrier;
   uint64_t slot[32];
   uint32_t fragment[32][4];
 };
+struct Fiber {
+  unsigned thread;
+  jmp_buf state;
+  bool started = false, done = false;
+  bool (*may_go_on)(void*) = nullptr;  // null: it waits for nothing
+  void* condition;
+};
 struct Cta {
-  std::mutex mutex;
-  std::condition_variable changed;
   NamedBarrier named[16];
   std::map<uint32_t, TransactionBarrier> transaction;  // by shared-memory address
-  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<Warp> warps;
   unsigned threads;
-  explicit Cta(unsigned threads) : threads(threads) {
-    for (unsigned i = 0; i < threads; i += 32) warps.push_back(std::make_unique<Warp>());
-  }
+  void (*run)(void*);  // what every thread does
+  void* kernel;
+  Fiber* running = nullptr;
+  jmp_buf scheduler;
+  explicit Cta(unsigned threads) : warps((threads + 31) / 32), threads(threads) {}
 };
 inline Cta* cta;
 
-// Waits for what another thread does; a CTA that stands still for five minutes will not move again.
-template <class Condition>
-void wait_until(std::unique_lock<std::mutex>& lock, Condition condition) {
-  if (cta->changed.wait_for(lock, std::chrono::minutes(5), condition)) return;
-  std::fprintf(stderr, "deadlock: thread %u of CTA (%u, %u, %u)\n", threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
-  std::abort();
+inline constexpr size_t kStackBytes = 1 << 18;
+inline std::vector<std::unique_ptr<char[]>> stacks;
+
+inline void fiber_main() {
+  cta->run(cta->kernel);
+  cta->running->done = true;
+  _longjmp(cta->scheduler, 1);
 }
 
-inline Warp& warp() { return *cta->warps[threadIdx.x / 32]; }
+// Runs a fiber until it waits or ends.
+[[gnu::noinline]] inline void resume(Fiber& fiber) {
+  cta->running = &fiber;
+  threadIdx = dim3(fiber.thread, 0, 0);
+  if (_setjmp(cta->scheduler)) return;
+  if (fiber.started) _longjmp(fiber.state, 1);
+  fiber.started = true;
+  while (stacks.size() <= fiber.thread) stacks.emplace_back(new char[kStackBytes]);
+  static ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stacks[fiber.thread].get(), context.uc_stack.ss_size = kStackBytes, context.uc_link = nullptr;
+  makecontext(&context, fiber_main, 0);
+  setcontext(&context);
+}
+
+[[gnu::noinline]] inline void suspend(Fiber& fiber) {
+  if (!_setjmp(fiber.state)) _longjmp(cta->scheduler, 1);
+}
+
+// Waits for what another thread does.
+template <class Condition>
+void wait_until(Condition condition) {
+  if (condition()) return;
+  Fiber& fiber = *cta->running;
+  fiber.condition = &condition;
+  fiber.may_go_on = [](void* c) { return (*static_cast<Condition*>(c))(); };
+  suspend(fiber);
+  fiber.may_go_on = nullptr;
+}
+
+inline Warp& warp() { return cta->warps[threadIdx.x / 32]; }
 inline int lane() { return threadIdx.x & 31; }
+
+inline bool arrive(NamedBarrier& b, int threads, bool waits, bool value) {
+  b.any |= value;
+  const long generation = b.generation;
+  if (++b.arrived == threads) {
+    b.result[generation & 1] = b.any;
+    b.arrived = b.any = 0;
+    ++b.generation;
+  }
+  if (waits) wait_until([&] { return b.generation != generation; });
+  return b.result[generation & 1];
+}
+inline bool named_barrier(int id, int threads, bool waits, bool value) { return arrive(cta->named[id], threads, waits, value); }
+inline void warp_barrier() { arrive(warp().barrier, 32, true, false); }
 
 // Every lane brings a value; f sees all of them.
 template <class T, class F>
@@ -138,54 +190,56 @@ auto together(T value, F f) {
   static_assert(sizeof(T) <= 8);
   Warp& w = warp();
   std::memcpy(&w.slot[lane()], &value, sizeof(T));
-  w.barrier.arrive_and_wait();
+  warp_barrier();
   auto result = f([&](int i) {
     T x;
     std::memcpy(&x, &w.slot[i], sizeof(T));
     return x;
   });
-  w.barrier.arrive_and_wait();
+  warp_barrier();
   return result;
 }
 
-inline bool named_barrier(int id, int threads, bool waits, bool value) {
-  std::unique_lock lock(cta->mutex);
-  NamedBarrier& b = cta->named[id];
-  b.any |= value;
-  const long generation = b.generation;
-  if (++b.arrived == threads) {
-    b.result[generation & 1] = b.any;
-    b.arrived = b.any = 0;
-    ++b.generation;
-    cta->changed.notify_all();
+// One CTA, to its end. In every round each thread that may go on does, in another order each time.
+inline void run_cta() {
+  std::vector<Fiber> fibers(cta->threads);
+  std::vector<Fiber*> left;
+  for (unsigned t = 0; t < cta->threads; ++t) fibers[t].thread = t, left.push_back(&fibers[t]);
+  std::minstd_rand random;
+  while (!left.empty()) {
+    std::shuffle(left.begin(), left.end(), random);
+    bool moved = false;
+    for (Fiber* fiber : left)
+      if (!fiber->may_go_on || fiber->may_go_on(fiber->condition)) moved = true, resume(*fiber);
+    if (!moved) {
+      const unsigned thread = left.front()->thread;
+      std::fprintf(stderr, "deadlock: thread %u of CTA (%u, %u, %u)\n", thread, blockIdx.x, blockIdx.y, blockIdx.z);
+      std::abort();
+    }
+    std::erase_if(left, [](const Fiber* fiber) { return fiber->done; });
   }
-  if (waits) wait_until(lock, [&] { return b.generation != generation; });
-  return b.result[generation & 1];
 }
 
 // Shared memory is full of NaN when a CTA starts, and one CTA runs at a time.
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, const Args&... args) {
+  auto body = [&] { kernel(args...); };
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         Cta state(block.x);
-        cta = &state;
+        state.run = [](void* f) { (*static_cast<decltype(body)*>(f))(); };
+        state.kernel = &body;
+        cta = &state, blockIdx = dim3(x, y, z), gridDim = grid;
         std::fill_n(reinterpret_cast<uint16_t*>(shared_memory), kSharedBytes / 2, uint16_t(0x7fc0));
-        std::vector<std::thread> threads;
-        for (unsigned t = 0; t < block.x; ++t)
-          threads.emplace_back([&, t] {
-            threadIdx = dim3(t, 0, 0), blockIdx = dim3(x, y, z), gridDim = grid;
-            kernel(args...);
-          });
-        for (auto& thread : threads) thread.join();
+        run_cta();
       }
   return cudaSuccess;
 }
 
 }  // namespace emulation
 
-inline void __syncwarp() { emulation::warp().barrier.arrive_and_wait(); }
+inline void __syncwarp() { emulation::warp_barrier(); }
 inline void __syncthreads() { emulation::named_barrier(0, emulation::cta->threads, true, false); }
 inline int __syncthreads_or(int value) { return emulation::named_barrier(0, emulation::cta->threads, true, value); }
 template <class T>

@@ -52,11 +52,11 @@ template <class A, int N>
 void mma(float (&d)[N], const uint32_t* a, uint64_t b, bool accumulate = true) {
   auto& w = emulation::warp();
   std::copy_n(a, 4, w.fragment[emulation::lane()]);
-  w.barrier.arrive_and_wait();
+  emulation::warp_barrier();
   float rows[2][16];
   for (int r = 0; r < 2; ++r)
     for (int k = 0; k < 16; ++k) rows[r][k] = to_float(uint16_t(w.fragment[emulation::lane() / 4 * 4 + k % 8 / 2][r + 2 * (k / 8)] >> 16 * (k % 2)));
-  w.barrier.arrive_and_wait();
+  emulation::warp_barrier();
   multiply<A>(d, b, accumulate, rows);
 }
 
