@@ -318,6 +318,7 @@ class MLAMesh:
         positions: jax.Array,
         *,
         format: str | None = None,
+        implementation: str | None = None,
     ) -> jax.Array:
         """Writes the keys of new tokens on the devices that hold them, in place when the cache is donated.
 
@@ -328,7 +329,8 @@ class MLAMesh:
           block_table: int32 `[b, max_pages]`, as for `flash_mla_with_kvcache`.
           positions: int32 `[b, s]`, each token's place in its sequence; a negative one, or one beyond the table, is
             written nowhere.
-          format: static; as for `kvcache.append_kv_cache`. None: plain rows, in the dtype of the cache.
+          format: static; as for `kvcache.append_kv_cache`. None: plain rows, in the dtype of the cache, by plain XLA.
+          implementation: with a format, as for `kvcache.append_kv_cache`.
 
         Returns:
           The cache with the new rows.
@@ -360,7 +362,7 @@ class MLAMesh:
             slots = batch_slots(positions, block_table, page_size=page_size)
             latent, rope = latent.reshape(slots.size, d_latent), rope.reshape(slots.size, 64)
             if format is not None:
-                return kvcache.append_kv_cache(cache, latent, rope, slots, format=format)
+                return kvcache.append_kv_cache(cache, latent, rope, slots, format=format, implementation=implementation)
             rows = jnp.concatenate([latent.astype(cache.dtype), rope.astype(cache.dtype)], axis=-1)
             return write_rows(cache, rows, slots)
 

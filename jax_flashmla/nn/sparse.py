@@ -433,7 +433,7 @@ class SparseMLAAttention(MLAAttention):
             return write_rows(kv, rows, block_table, positions)
         slots = batch_slots(positions, block_table, page_size=kv.shape[1])
         latent, rope = jnp.split(rows.reshape(slots.size, -1), [D_LATENT], axis=-1)
-        return kvcache.append_kv_cache(kv, latent, rope, slots, format="fp8_v32")
+        return kvcache.append_kv_cache(kv, latent, rope, slots, format="fp8_v32", implementation=self.implementation)
 
     def _seen(self, x: jax.Array, compressed: jax.Array, positions: jax.Array) -> jax.Array:
         """The picks among all tokens at once, for `mha`."""
