@@ -47,8 +47,8 @@ struct Traits {
   static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);  // what the CTA is given; asking for more waits for ever
   static constexpr bool kRope = kDqk > kDv;
   static constexpr int kSubTiles = kDqk / 64;
-  static constexpr int kHalf = kDv / 2 / 64;                                                                                     // sub-tiles of an output half
-  static __host__ __device__ constexpr int barrier_of(int t) { return kKeys == Keys::kCopied ? t / kHalf < 1 ? 0 : kHalf : t; }  // in k_full
+  static constexpr int kHalf = kDv / 2 / 64;                                                                                 // sub-tiles of an output half
+  static __host__ __device__ constexpr int barrier_of(int t) { return kKeys != Keys::kCopied ? t : t < kHalf ? 0 : kHalf; }  // in k_full
 };
 
 constexpr int kShortPiece = 32;  // blocks, some 50 us: a last piece behind which combine is launched early
