@@ -169,7 +169,7 @@ class ConvertRows {
   __device__ __forceinline__ ConvertRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
 
   // At the barrier of a sub-tile: of warps that stored, of threads that copied.
-  static __device__ int arrivals(int, int t) { return (t < kFp8Tiles ? 4 : 128) + (t == kLast ? 4 : 0); }
+  static __device__ int arrivals(int, int t) { return (t < kFp8Tiles ? 4 : kWarpgroup) + (t == kLast ? 4 : 0); }
 
   __device__ __forceinline__ void start(Cursor<Tr>& cursor) {
     const int lane = lane_again();
@@ -214,7 +214,7 @@ class ConvertRows {
       scales = int((page_size - offset) * R::kRow + offset * R::kScaleRow);
       return cache + page * (entries_.source ? p_.sources[1].page_bytes : p_.sources[0].page_bytes) + offset * R::kRow;
     } else {
-      if constexpr (kFormat == KVFormat::kFp8V32) scales = R::kScale;
+      scales = R::kScale;
       return cache + int64_t(index) * R::kRow;
     }
   }
@@ -266,7 +266,7 @@ class ConvertRows {
     Codes b;
 #pragma unroll
     for (int t = 0; t < 2 * Tr::kHalf; t += Tr::kHalf) {
-      if (t > 0) barrier_wait(smem_.k_empty[slot][1], phase), copy(slot, kLast);
+      if (t > 0) barrier_wait(smem_.k_empty[slot][1], phase), copy_rope(slot);
       if (kAlign == 16) load(b, t + 2), prefetch(t > 0);
       store<kExact>(slot, t, a_, scales);
       if (kAlign < 16) load(b, t + 2);  // twice as many loads: early they are too many for the registers
@@ -303,16 +303,16 @@ class ConvertRows {
   }
 
   // The sub-tile of rope, which is as it will be.
-  __device__ __forceinline__ void copy(int slot, int t) const {
+  __device__ __forceinline__ void copy_rope(int slot) const {
     const int lane = lane_again();
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int chunk = 4 * half + (lane & 3);
-        copy_async<kAlign>(to(lane, slot, t, i, chunk), row_[i] + R::kRope + (t - kFp8Tiles) * 128 + 16 * chunk, row_[i]);
+        copy_async<kAlign>(to(lane, slot, kLast, i, chunk), row_[i] + R::kRope + 16 * chunk, row_[i]);
       }
-    barrier_arrive_behind_copies(smem_.k_full[slot][t]);
+    barrier_arrive_behind_copies(smem_.k_full[slot][kLast]);
   }
 
   const SparseDecodeParams& p_;
