@@ -38,28 +38,7 @@ __device__ __forceinline__ uint32_t gather_word(const void* p, bool there, uint3
                  : "l"(p), "r"(unsigned(there)), "r"(otherwise));
   return v;
 }
-// Sixteen bytes, past L1, or zeros. p is a multiple of kAlign.
-template <int kAlign>
-__device__ __forceinline__ uint4 gather(const void* p, bool there) {
-  uint4 v;
-  if constexpr (kAlign == 16)
-    asm volatile(
-        "{\n.reg .pred there;\nsetp.ne.u32 there, %5, 0;\n"
-        "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-        "@there ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-        : "l"(p), "r"(unsigned(there)));
-  else
-    asm volatile(
-        "{\n.reg .pred there;\nsetp.ne.u32 there, %5, 0;\n"
-        "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-        "@there ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%4];\n"
-        "@there ld.global.L1::no_allocate.v2.u32 {%2, %3}, [%4+8];\n}"
-        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-        : "l"(p), "r"(unsigned(there)));
-  return v;
-}
-// Sixteen bytes, or zeros, to shared memory, behind the back of this thread. An ordinary store to all others: fence_async_proxy().
+// Sixteen bytes, or zeros, to shared memory, behind the back of this thread. p is a multiple of kAlign. An ordinary store to all others: fence_async_proxy().
 template <int kAlign>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* p, bool there) {
   const uint32_t bytes = there ? kAlign : 0;
@@ -74,6 +53,8 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* p, bool ther
 __device__ __forceinline__ void barrier_arrive_behind_copies(Barrier& bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&bar)) : "memory");
 }
+// Until all copies of this thread so far are there; the other threads still need a barrier.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // So many bytes, to L2: multiples of 16.
 __device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes)); }
 // The line of 128 bytes that p points into, to L2.

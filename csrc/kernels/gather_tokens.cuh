@@ -1,9 +1,9 @@
 // The producers of the sparse kernels: they fill the K slots of the seesaw with the tokens that a list of indices names.
 //
 // A query token is a sequence of the schedule: its keys are the blocks of 64 of its list, then those of its second list. A warp brings 16 of a block's 64
-// tokens: CopyRows those that are as they will be, ConvertRows fp8, a sub-tile after the other. Three steps hide the memory: entries are fetched two blocks
-// ahead, rows of fp8 are on their way to L2 a block ahead, and their codes to registers two sub-tiles ahead, across the ends of blocks and sequences.
-// Registers are short, so what can be had again is not kept. docs/kernels/sparse_decode.md, docs/kernels/sparse_prefill.md.
+// tokens by cp.async: CopyRows those that are as they will be, ConvertRows fp8, which become bfloat16 in the slot. Entries are fetched two blocks ahead,
+// scales and the way of rows to L2 begin a block ahead, across the ends of blocks and sequences. Registers are short, so what can be had again is not kept.
+// docs/kernels/sparse_decode.md, docs/kernels/sparse_prefill.md.
 #pragma once
 
 #include <type_traits>
@@ -78,7 +78,7 @@ class CopyRows {
   __device__ __forceinline__ CopyRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
 
   // A barrier has half of a slot, of which every thread copied a part; behind the first half of a slot valid[] is there, too.
-  static __device__ int arrivals(int slot, int t) { return kWarpgroup + (t == slot * Tr::kHalf ? 4 : 0); }
+  static __device__ int arrivals(int slot, int barrier) { return kWarpgroup + (barrier == slot ? 4 : 0); }
 
   __device__ __forceinline__ void start(Cursor<Tr>& cursor) {
     cursor.start();
@@ -103,7 +103,7 @@ class CopyRows {
     barrier_wait(smem_.k_empty[kSlot][kSlot], phase);
     if (lane_again() == 0) {
       reinterpret_cast<uint16_t*>(&smem_.valid[kSlot])[warp_] = uint16_t(valid);
-      barrier_arrive(smem_.k_full[kSlot][kSlot * Tr::kHalf]);
+      barrier_arrive(smem_.k_full[kSlot][kSlot]);
     }
     copy<kSlot, kSlot>(row);
     next(cursor);
@@ -131,7 +131,7 @@ class CopyRows {
     for (int t = kHalf * Tr::kHalf; t < (kHalf ? Tr::kSubTiles : Tr::kHalf); ++t)
 #pragma unroll
       for (int j = 0; j < 4; ++j) copy_async<16>(to + t * kSubTileBytes + 512 * j + (((lane & 7) ^ (4 * (j & 1) + lane / 8)) << 4), row[j] + t * 128, row[j]);
-    barrier_arrive_behind_copies(smem_.k_full[kSlot][kHalf * Tr::kHalf]);
+    barrier_arrive_behind_copies(smem_.k_full[kSlot][kHalf]);
   }
 
   // Goes on to the next block: where its tokens are, and the entries of the one behind it.
@@ -157,50 +157,58 @@ class CopyRows {
   Entries entries_;     // of the next block
 };
 
-// Rows of fp8. Lanes 4g .. 4g + 3 of a warp read two tokens.
+// Rows of fp8. They are copied as they are into the half of a slot that is let go of first, and become bfloat16 from there: 128 columns at a time, which
+// fill two sub-tiles, the last ones in place. So bytes on their way need no registers, and a warp needs nothing of the others.
 template <class Tr, KVFormat kFormat, int kAlign>
 class ConvertRows {
   using R = Fp8Layout<kFormat>;
-  using Codes = uint4[2][2];                                                    // of two sub-tiles and two tokens: this lane's sixteen
-  static constexpr int kFp8Tiles = R::kLatent / 64, kLast = Tr::kSubTiles - 1;  // a sub-tile is 64 columns
-  static_assert(kFp8Tiles == kLast && Tr::kHalf == 4);
+  static constexpr int kSteps = Tr::kHalf;         // of 128 columns, whose codes fill a sub-tile
+  static constexpr int kRopeTile = 2 * Tr::kHalf;  // where rope is copied to
+  static constexpr bool kRopeMoves = !Tr::kRope;   // and whether it goes on from there: it may be part of V
+  static_assert(kRopeTile < Tr::kSlotTiles && kSteps * 128 >= R::kLatent);
 
  public:
   __device__ __forceinline__ ConvertRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
 
-  // At the barrier of a sub-tile: of warps that stored, of threads that copied.
-  static __device__ int arrivals(int, int t) { return (t < kFp8Tiles ? 4 : kWarpgroup) + (t == kLast ? 4 : 0); }
+  static __device__ int arrivals(int, int) { return 4; }  // of warps
 
   __device__ __forceinline__ void start(Cursor<Tr>& cursor) {
-    const int lane = lane_again();
     cursor.start();
-    entries_ = cursor.fetch(row(lane));
+    entries_ = cursor.fetch(row(lane_again()));
     next(cursor);
   }
 
   // Fills a slot with the block before the one that the cursor points to.
   __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase) {
     const int lane = lane_again();
-    const uint32_t valid = __reduce_or_sync(~0u, (row_[0] ? 1u << place(lane) : 0u) | (row_[1] ? 256u << place(lane) : 0u));
-    barrier_wait(smem_.k_empty[slot][0], phase);
-    if (lane == 0) reinterpret_cast<uint16_t*>(&smem_.valid[slot])[warp_] = uint16_t(valid);  // read behind the last sub-tile's barrier
+    const uint32_t valid = __reduce_or_sync(~0u, (row_[0] ? 1u << place(lane / 4) : 0u) | (row_[1] ? 256u << place(lane / 4) : 0u));
+    barrier_wait(smem_.k_empty[slot][slot], phase);
+    copy(slot);
+    if (lane == 0) reinterpret_cast<uint16_t*>(&smem_.valid[slot])[warp_] = uint16_t(valid);
     const Fp8Scales scales[2] = {scales_of(scales_[0]), scales_of(scales_[1])};
-    if (__all_sync(~0u, scales[0].exact && scales[1].exact))
-      convert<true>(cursor, slot, phase, {scales[0].multipliers, scales[1].multipliers});
-    else
-      convert<false>(cursor, slot, phase, {scales_[0], scales_[1]});
+    const bool exact = __all_sync(~0u, scales[0].exact && scales[1].exact);
+    const uint32_t multipliers[2] = {exact ? scales[0].multipliers : scales_[0], exact ? scales[1].multipliers : scales_[1]};
+    next(cursor);
+    if (!Tr::kPrefill || p_.prefetch) prefetch();
+    wait_for_copies();
     __syncwarp();
-    if (lane == 0) barrier_arrive(smem_.k_full[slot][kLast]);
+    barrier_wait(smem_.k_empty[slot][1 - slot], phase);
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step)
+      if (exact)
+        convert<true>(slot, step, multipliers);
+      else
+        convert<false>(slot, step, multipliers);
   }
 
  private:
-  // The first token of a thread is this row of the warp's sixteen, the second one the row 8 below. Eight lanes store at once: two rows, which lie in
-  // different banks when the swizzle tells them apart in bit 0 (codes: every other chunk) and in bit 2 (rope: half of the chunks).
-  static __device__ __forceinline__ int place(int lane) { return lane / 4 ^ (lane / 4 & 1) << 2; }
-  __device__ __forceinline__ int row(int lane) const { return 16 * warp_ + place(lane); }
+  // Lanes 4g .. 4g + 3 convert two tokens: row place(g) of the warp's sixteen, and the row 8 below. Eight lanes access shared memory at once: two rows,
+  // which lie in different banks because the swizzle tells them apart in bit 0 (stores: every other chunk) and in bit 2 (loads: half of the chunks).
+  static __device__ __forceinline__ int place(int g) { return g ^ (g & 1) << 2; }  // its own inverse
+  __device__ __forceinline__ int row(int lane) const { return 16 * warp_ + place(lane / 4); }
   // Where a chunk of 16 bytes of token i lies: rows of a sub-tile are 128 bytes.
   __device__ __forceinline__ uint32_t to(int lane, int slot, int t, int i, int chunk) const {
-    return smem_address(smem_.k[slot][t]) + (row(lane) + 8 * i) * 128 + ((chunk ^ place(lane)) << 4);
+    return smem_address(smem_.k[slot][t]) + (row(lane) + 8 * i) * 128 + ((chunk ^ place(lane / 4)) << 4);
   }
 
   // Where token i of the next block is, and how far behind its scales.
@@ -219,18 +227,7 @@ class ConvertRows {
     }
   }
 
-  // Starts token i of the next block on its way to L2. Not both at once: of many, some get lost.
-  __device__ __forceinline__ void prefetch(int i) const {
-    const int lane = lane_again();
-    int scales = 0;
-    const char* row = find(i, scales);
-    if (!row) return;
-#pragma unroll
-    for (int o = 0; o < R::kRow; o += 512) prefetch_l2(row + min(o + 128 * (lane & 3), R::kRow - 1));  // lines of 128 bytes
-    if (kFormat == KVFormat::kFp8V4 && (lane & 3) == 0) prefetch_l2(row + scales);
-  }
-
-  // Goes on to the next block: what it begins with starts to load, and the entries of the one behind it.
+  // Goes on to the next block: its scales start to load, and the entries of the one behind it.
   __device__ __forceinline__ void next(Cursor<Tr>& cursor) {
     const int lane = lane_again();
 #pragma unroll
@@ -240,9 +237,19 @@ class ConvertRows {
       row_[i] = find(i, scales);
       scales_[i] = gather_word<kShare>(row_[i] + scales + kShare * (lane & 3), row_[i], 0);
     }
-    load(a_, 0);
     cursor.advance();
     entries_ = cursor.fetch(row(lane));
+  }
+
+  // Starts the next block on its way to L2, lines of 128 bytes. The other row tile of a cluster of two brings the same tokens, so each does half of them.
+  __device__ __forceinline__ void prefetch() const {
+    const int lane = lane_again();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!row_[i] || (gridDim.x % 2 == 0 && i != (blockIdx.x & 1))) continue;
+#pragma unroll
+      for (int o = 0; o < R::kRow; o += 512) prefetch_l2(row_[i] + min(o + 128 * (lane & 3), R::kRow - 1));
+    }
   }
 
   // This lane's scales are those of sub-tiles 2 (lane & 3) and the one behind.
@@ -250,69 +257,60 @@ class ConvertRows {
     return R::kTile == 64 ? Fp8Scales::of_e8m0(scale & 0xFF, scale >> 8) : Fp8Scales::of_float(scale);
   }
 
-  // Starts the loads of sub-tiles t and t + 1. Zeros without a row: zero times anything finite is zero in the output.
-  __device__ __forceinline__ void load(Codes& codes, int t) const {
+  // Copies the block. Eight lanes have a token, and what they copy at once is in one line of 128 bytes of global memory: one request. Codes of 128 columns
+  // fill a sub-tile of the half that is let go of first.
+  __device__ __forceinline__ void copy(int slot) const {
+    constexpr int kCodes = R::kLatent / 16, kRope = R::kRope / 16;  // where chunks of codes end and those of rope begin
     const int lane = lane_again();
 #pragma unroll
-    for (int u = 0; u < 2; ++u)
+    for (int j = 0; j < 4; ++j) {
+      const int i = 4 * (j & 1) + lane / 8;  // of eight
+      const auto row = reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(row_[j / 2]), 4 * place(i)));
+      const int first = (lane & 7) - int(reinterpret_cast<uint64_t>(row) >> 4 & 7);  // this lane's chunk in the first line; before the row it has none
+      const uint32_t tile = smem_address(smem_.k[slot]) + (16 * warp_ + 8 * (j / 2) + i) * 128;
+      const uint32_t code_to = tile + Tr::kHalf * slot * kSubTileBytes + (((first & 7) ^ i) << 4) - (first < 0 ? kSubTileBytes : 0);
+      const uint32_t rope_to = tile + kRopeTile * kSubTileBytes + (((first - kRope & 7) ^ i) << 4);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) codes[u][i] = gather<kAlign>(row_[i] + (t + u) * 64 + 16 * (lane & 3), row_[i] && t + u < kFp8Tiles);
-  }
-
-  // The sub-tiles of fp8, two by two, and the one behind them. Loads run two sub-tiles ahead, into the next block. kExact: one multiplication by a
-  // multiplier does it; else `scales` are as in the cache.
-  template <bool kExact>
-  __device__ __forceinline__ void convert(Cursor<Tr>& cursor, int slot, uint32_t phase, const uint32_t (&scales)[2]) {
-    Codes b;
-#pragma unroll
-    for (int t = 0; t < 2 * Tr::kHalf; t += Tr::kHalf) {
-      if (t > 0) barrier_wait(smem_.k_empty[slot][1], phase), copy_rope(slot);
-      if (kAlign == 16) load(b, t + 2), prefetch(t > 0);
-      store<kExact>(slot, t, a_, scales);
-      if (kAlign < 16) load(b, t + 2);  // twice as many loads: early they are too many for the registers
-      if (t == 0)
-        load(a_, Tr::kHalf);
-      else
-        next(cursor);
-      store<kExact>(slot, t + 2, b, scales);
-    }
-  }
-
-  template <bool kExact>
-  __device__ __forceinline__ void store(int slot, int t, const Codes& codes, const uint32_t (&scales)[2]) const {
-    const int lane = lane_again();
-    uint32_t two[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) two[i] = __shfl_sync(~0u, scales[i], (lane & ~3) | t / 2);
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      if (t + u >= kFp8Tiles) break;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        uint4 out[2];
-        if constexpr (kExact)
-          dequantize(out, codes[u][i], R::kTile == 64 ? permute_bytes(two[i], u ? 0x3232 : 0x1010) : two[i]);
-        else
-          dequantize_slowly(out, codes[u][i], R::kTile == 64 ? e8m0(two[i] >> (8 * u) & 0xFF) : __uint_as_float(two[i]));
-#pragma unroll
-        for (int j = 0; j < 2; ++j) store_shared(to(lane, slot, t + u, i, 2 * (lane & 3) + j), out[j]);
+      for (int line = 0; 8 * line - 7 < kRope + 8; ++line) {
+        const int chunk = 8 * line + first;  // -7 <= first <= 7
+        const bool code = (line > 0 || first >= 0) && (8 * line + 7 < kCodes || chunk < kCodes);
+        const bool rope = 8 * line + 7 >= kRope && chunk >= kRope && (8 * line + 7 < kRope + 8 || chunk < kRope + 8);
+        if (code || rope) copy_async<kAlign>(code ? code_to + line * kSubTileBytes : rope_to, row + 16 * first + 128 * line, row);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(smem_.k_full[slot][t + u]);
     }
   }
 
-  // The sub-tile of rope, which is as it will be.
-  __device__ __forceinline__ void copy_rope(int slot) const {
-    const int lane = lane_again();
+  // 128 columns. From the left half of the slot they come last to first, from the right half first to last: so what they are stored over has been loaded,
+  // the last time by this very step. kExact: one multiplication by a multiplier does it; else `scales` are as in the cache. Zeros where there is no row.
+  template <bool kExact>
+  __device__ __forceinline__ void convert(int slot, int step, const uint32_t (&scales)[2]) const {
+    const int lane = lane_again(), columns = slot == 0 ? kSteps - 1 - step : step;
+    uint4 codes[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int chunk = 4 * half + (lane & 3);
-        copy_async<kAlign>(to(lane, slot, kLast, i, chunk), row_[i] + R::kRope + 16 * chunk, row_[i]);
+      for (int u = 0; u < 2; ++u) codes[i][u] = load_shared(to(lane, slot, Tr::kHalf * slot + columns, i, 4 * u + (lane & 3)));
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t two = __shfl_sync(~0u, scales[i], (lane & ~3) | columns);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        uint4 out[2];
+        if constexpr (kExact)
+          dequantize(out, codes[i][u], R::kTile == 64 ? permute_bytes(two, u ? 0x3232 : 0x1010) : two);
+        else
+          dequantize_slowly(out, codes[i][u], R::kTile == 64 ? e8m0(two >> (8 * u) & 0xFF) : __uint_as_float(two));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int chunk = 2 * (lane & 3) + j;
+          if (kRopeMoves && u == 1 && columns == kSteps - 1) out[j] = load_shared(to(lane, slot, kRopeTile, i, chunk));
+          store_shared(to(lane, slot, 2 * columns + u, i, chunk), out[j]);
+        }
       }
-    barrier_arrive_behind_copies(smem_.k_full[slot][kLast]);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(smem_.k_full[slot][columns]);  // here and not behind both ways, which costs 3 %
   }
 
   const SparseDecodeParams& p_;
@@ -320,14 +318,15 @@ class ConvertRows {
   const int warp_;
   const char* row_[2];  // of the block; nullptr where there is no token
   Entries entries_;     // of the next block
-  Codes a_;             // sub-tiles 0 and 1 of the block, and its scales
-  uint32_t scales_[2];
+  uint32_t scales_[2];  // of the block
+  bool copied_ = false;
 };
 
 template <class Tr, class Producer>
 __device__ __forceinline__ void produce(const CUtensorMap& q_map, const SparseDecodeParams& p, Storage<Tr>& smem, int warp, int lane) {
   cutlass::arch::warpgroup_reg_dealloc<Tr::kProducerRegisters>();
-  if (warp == 0 && lane < 2 * Tr::kSubTiles) barrier_init((&smem.k_full[0][0])[lane], Producer::arrivals(lane / Tr::kSubTiles, lane % Tr::kSubTiles));
+  constexpr int kFull = Tr::kFullBarriers;
+  if (warp == 0 && lane < 2 * kFull) barrier_init((&smem.k_full[0][0])[lane], Producer::arrivals(lane / kFull, lane % kFull));
   if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
   if (warp == 2 && lane == 0) barrier_init(smem.q_full, 1);
   if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);

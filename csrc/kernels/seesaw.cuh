@@ -34,21 +34,24 @@ constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
 
 // How keys come. kPaged: the tokens of a sequence in order, by TMA; rows see them up to some length, and a bit tells for 16 of them whether their page is
 // there. Else gathered one by one, and each has a bit that tells whether it is there; rows of those that are not hold zeros. kCopied: half of a slot at once.
-// kConverted: sub-tile after sub-tile, by threads that need registers.
+// kConverted: from fp8, 128 columns at once, by threads that need registers.
 enum class Keys { kPaged, kCopied, kConverted };
 
 // kPrefill: rows also tell their largest score, and keys come from one list alone.
 template <class T_, int kDqk, Keys kKeys, bool kPrefill_ = false>
 struct Traits {
   using T = T_;
-  static constexpr bool kGathered = kKeys != Keys::kPaged, kInOrder = kKeys == Keys::kConverted, kPrefill = kPrefill_;
+  static constexpr bool kGathered = kKeys != Keys::kPaged, kConverted = kKeys == Keys::kConverted, kPrefill = kPrefill_;
   using Valid = std::conditional_t<kGathered, uint64_t, uint32_t>;
-  static constexpr int kComputeRegisters = kInOrder ? 208 : 224, kProducerRegisters = kInOrder ? 88 : 56;
+  static constexpr int kComputeRegisters = kConverted ? 216 : 224, kProducerRegisters = kConverted ? 72 : 56;
   static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);  // what the CTA is given; asking for more waits for ever
   static constexpr bool kRope = kDqk > kDv;
   static constexpr int kSubTiles = kDqk / 64;
-  static constexpr int kHalf = kDv / 2 / 64;                                                                                 // sub-tiles of an output half
-  static __host__ __device__ constexpr int barrier_of(int t) { return kKeys != Keys::kCopied ? t : t < kHalf ? 0 : kHalf; }  // in k_full
+  static constexpr int kHalf = kDv / 2 / 64;                     // sub-tiles of an output half
+  static constexpr int kSlotTiles = kConverted ? 9 : kSubTiles;  // rows of fp8 need one to get ready in when d_qk is 512
+  // In k_full: one for each sub-tile, for each half of the slot, or for each step of the conversion, of which the scores wait for all.
+  static constexpr int kFullBarriers = kKeys == Keys::kPaged ? kSubTiles : kKeys == Keys::kCopied ? 2 : kHalf;
+  static __host__ __device__ constexpr int barrier_of(int t) { return kKeys == Keys::kPaged ? t : kKeys == Keys::kCopied ? t >= kHalf : t / 2 % kHalf; }
 };
 
 constexpr int kShortPiece = 32;  // blocks, some 50 us: a last piece behind which combine is launched early
@@ -62,7 +65,7 @@ struct alignas(16) Walk {
 template <class Tr>
 struct alignas(1024) Storage {
   using SubTile = typename Tr::T[64 * 64];
-  SubTile k[2][Tr::kSubTiles];
+  SubTile k[2][Tr::kSlotTiles];
   SubTile q[2 * Tr::kHalf];
   SubTile p[2];
   float reference[2][64];                        // the reference maximum each warpgroup's P was taken against
@@ -72,7 +75,7 @@ struct alignas(1024) Storage {
   Part part;
   Work work;                                    // the piece whose Q is in shared memory
   int row_index[Tr::kGathered ? 1 : kRowTile];  // Cta::index_of, which divides
-  Barrier k_full[2][Tr::kSubTiles], k_empty[2][2], q_full, q_empty;
+  Barrier k_full[2][Tr::kFullBarriers], k_empty[2][2], q_full, q_empty;
 };
 static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && sizeof(Storage<Traits<__half, 576, Keys::kCopied, true>>) <= 232448,
               "the shared memory of an sm_90 CTA");
@@ -82,18 +85,24 @@ template <class Tr, int kWg>
 __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const uint32_t (&q_rope)[16], uint32_t phase) {
   using A = Atoms<typename Tr::T>;
   const uint64_t q = smem_desc(smem.q), k = smem_desc(smem.k[kWg]);
+  // Scores read all that shared memory can give, and stores get through where they leave room: products that begin before all is stored hinder the rest.
+  if (Tr::kConverted) {
+#pragma unroll
+    for (int i = 0; i < Tr::kFullBarriers; ++i) barrier_wait(smem.k_full[kWg][i], phase);
+    fence_async_proxy();
+  }
   int waited = -1;
   pin(s);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < Tr::kSubTiles; ++i) {
-    const bool rope = Tr::kRope && i == (Tr::kInOrder ? Tr::kSubTiles - 1 : Tr::kHalf);
-    const int j = Tr::kRope && i > Tr::kHalf ? i - 1 : i;
-    const int t = Tr::kInOrder ? i : rope ? Tr::kSubTiles - 1 : (j + kWg * Tr::kHalf) % (2 * Tr::kHalf);
+    const bool rope = Tr::kRope && i == (Tr::kConverted ? Tr::kSubTiles - 1 : Tr::kHalf);
+    const int j = Tr::kRope && !Tr::kConverted && i > Tr::kHalf ? i - 1 : i;
+    const int t = rope ? Tr::kSubTiles - 1 : Tr::kConverted ? (kWg == 0 ? j ^ 6 : j) : (j + kWg * Tr::kHalf) % (2 * Tr::kHalf);
     if (Tr::barrier_of(t) != waited) {
       waited = Tr::barrier_of(t);
       barrier_wait(smem.k_full[kWg][waited], phase);
-      if (Tr::kGathered) fence_async_proxy();  // for the threads that stored the keys: with it they would wait for their loads, too
+      if (Tr::kGathered && !Tr::kConverted) fence_async_proxy();  // for the threads that stored the keys: with it they would wait for their loads, too
     }
     wgmma_fence();
 #pragma unroll
@@ -127,7 +136,7 @@ __device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<
 
 // Zeros in rows first_row .. 63 of V.
 template <class Tr>
-__device__ __forceinline__ void clear_rows(typename Storage<Tr>::SubTile (&k)[Tr::kSubTiles], int first_row, int thread) {
+__device__ __forceinline__ void clear_rows(typename Storage<Tr>::SubTile (&k)[Tr::kSlotTiles], int first_row, int thread) {
   for (int i = thread; i < (64 - first_row) * 8; i += kWarpgroup)
 #pragma unroll
     for (int t = 0; t < 2 * Tr::kHalf; ++t) reinterpret_cast<uint4*>(k[t])[first_row * 8 + i] = make_uint4(0, 0, 0, 0);
