@@ -319,7 +319,6 @@ class ConvertRows {
   const char* row_[2];  // of the block; nullptr where there is no token
   Entries entries_;     // of the next block
   uint32_t scales_[2];  // of the block
-  bool copied_ = false;
 };
 
 template <class Tr, class Producer>
