@@ -90,7 +90,7 @@ struct SparseDecodeParams : DecodeParams {
   const float* attn_sink;  // [h_q], natural logarithm; nullptr: none
   int tokens;              // per sequence of the caller: out is [b / tokens, tokens, h_q, d_v], lse [b / tokens, h_q, tokens]
   KVFormat format;
-  bool prefetch = false;  // plain rows to L2 a block ahead
+  bool prefetch = false;  // rows to L2 a block ahead; decode does so with fp8 anyway
 };
 
 // A query token and KV head is a sequence here: b counts s_q * heads_kv of them, h_q is the heads of one, and the list is that of the KV head. There is no

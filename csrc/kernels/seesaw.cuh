@@ -77,7 +77,8 @@ struct alignas(1024) Storage {
   int row_index[Tr::kGathered ? 1 : kRowTile];  // Cta::index_of, which divides
   Barrier k_full[2][Tr::kFullBarriers], k_empty[2][2], q_full, q_empty;
 };
-static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && sizeof(Storage<Traits<__half, 576, Keys::kCopied, true>>) <= 232448,
+static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && sizeof(Storage<Traits<__half, 576, Keys::kCopied, true>>) <= 232448 &&
+                  sizeof(Storage<Traits<__half, 576, Keys::kConverted, true>>) <= 232448,
               "the shared memory of an sm_90 CTA");
 
 // S = Q.K of slot kWg, in the order in which the sub-tiles arrive: this warpgroup's own half, rope, the other half; or one after the other.
