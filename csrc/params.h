@@ -37,9 +37,9 @@ enum class Dtype { kBF16, kF16, kF32 };
 // What all decode kernels have, and all that the compute warpgroups and combine see.
 struct DecodeParams {
   const void* q;                       // [b, s_q, h_q, d_qk]
-  const int* cache_seqlens;            // [b]
+  const int* cache_seqlens;            // [b]; nullptr: all are max_len long
   const Part* metadata;                // [num_parts]
-  const int* num_splits;               // [b + 1], exclusive prefix sum of the number of partial results of each sequence
+  const int* num_splits;               // [b + 1], exclusive prefix sum of the number of partial results of each sequence; nullptr: there are none
   void* out;                           // [b, s_q, h_q, d_v]
   float* lse;                          // [b, h_q, s_q], natural logarithm
   float* partial_out;                  // [slots, h_kv, rows rounded up to 16, d_v], in the order of splitkv/partial.cuh

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._primitive import match_varying
 from .kvcache.formats import page_size_of
@@ -208,12 +209,18 @@ def schedule(cache_seqlens, *, parts, batch_invariant):
     return jnp.pad(metadata, ((0, 0), (0, 0), (0, 3))), num_splits
 
 
+def equal_plan(b, length, parts):
+    """`schedule` in numpy for b sequences of one length: known while a program is traced."""
+    metadata, partials = _plan_balanced(np.full(b, -(-length // BLOCK), np.int32), parts, np)
+    return np.pad(metadata, ((0, 0), (0, 3))).astype(np.int32), np.pad(partials.cumsum(dtype=np.int32), (1, 0))
+
+
 def _blocks(lengths):
     lengths = jnp.maximum(lengths, 0)
     return lengths // BLOCK + (lengths % BLOCK != 0).astype(jnp.int32)  # lengths + 63 could overflow
 
 
-def _plan_balanced(blocks, parts):
+def _plan_balanced(blocks, parts, xp=jnp):
     """Cuts the line of all sequences, each `overhead + blocks` long, into `parts` pieces of equal cost.
 
     Every part finds its own two cuts from the prefix sums, so nothing is sequential. A cut that would leave a piece of
@@ -221,47 +228,47 @@ def _plan_balanced(blocks, parts):
     cut does: no partial results. Else, where pieces of one size do, every part is one piece (`_plan_even`).
     """
     b = blocks.shape[0]
-    blocks = jnp.minimum(blocks, jnp.asarray(MAX_TOTAL_BLOCKS, jnp.int32) // jnp.maximum(b, 1))
-    ends = jnp.cumsum(blocks + SEQUENCE_OVERHEAD_BLOCKS, dtype=jnp.int32)
+    blocks = xp.minimum(blocks, xp.asarray(MAX_TOTAL_BLOCKS, xp.int32) // xp.maximum(b, 1))
+    ends = xp.cumsum(blocks + SEQUENCE_OVERHEAD_BLOCKS, dtype=xp.int32)
     total = ends.max(initial=0)
     step = -((total + (parts - 1) * SEQUENCE_OVERHEAD_BLOCKS) // -parts) - SEQUENCE_OVERHEAD_BLOCKS
-    step = jnp.maximum(step, MIN_SPLIT_BLOCKS)
+    step = xp.maximum(step, MIN_SPLIT_BLOCKS)
 
-    p = jnp.arange(parts + 1, dtype=jnp.int32)
-    cut = jnp.minimum(p * step + SEQUENCE_OVERHEAD_BLOCKS, total)
-    cut = jnp.where(p == 0, 0, jnp.where(p == parts, total, cut))
-    seq = (ends <= cut[:, None]).sum(axis=1, dtype=jnp.int32)
-    ends, blocks = jnp.append(ends, total), jnp.append(blocks, 0)  # sequence b: the end of the line
+    p = xp.arange(parts + 1, dtype=xp.int32)
+    cut = xp.minimum(p * step + SEQUENCE_OVERHEAD_BLOCKS, total)
+    cut = xp.where(p == 0, 0, xp.where(p == parts, total, cut))
+    seq = (ends <= cut[:, None]).sum(axis=1, dtype=xp.int32)
+    ends, blocks = xp.append(ends, total), xp.append(blocks, 0)  # sequence b: the end of the line
     offset = cut - (ends[seq] - blocks[seq] - SEQUENCE_OVERHEAD_BLOCKS) - SEQUENCE_OVERHEAD_BLOCKS
     block = offset - offset % 2
     at_start = (seq == b) | (offset < MIN_SPLIT_BLOCKS) | (block < MIN_SPLIT_BLOCKS)
     at_end = ~at_start & (blocks[seq] - block < MIN_SPLIT_BLOCKS)
-    seq = seq + at_end.astype(jnp.int32)
-    block = jnp.where(at_start | at_end, 0, block)
+    seq = seq + at_end.astype(xp.int32)
+    block = xp.where(at_start | at_end, 0, block)
 
     # Without splits a sequence belongs to the share that its middle falls into.
-    starts = jnp.pad(ends[:-1], (1, 0))
-    share = jnp.minimum(p * -(total // -parts), total)
-    whole = (starts[:b] + ends[:b] <= 2 * share[:, None]).sum(axis=1, dtype=jnp.int32)
-    whole = jnp.where(p == parts, b, whole)
-    longest = jnp.diff(starts[whole]).max()
+    starts = xp.pad(ends[:-1], (1, 0))
+    share = xp.minimum(p * -(total // -parts), total)
+    whole = (starts[:b] + ends[:b] <= 2 * share[:, None]).sum(axis=1, dtype=xp.int32)
+    whole = xp.where(p == parts, b, whole)
+    longest = xp.diff(starts[whole]).max()
     keep_whole = longest <= step + SEQUENCE_OVERHEAD_BLOCKS + SPLIT_PENALTY_BLOCKS
-    seq, block = jnp.where(keep_whole, whole, seq), jnp.where(keep_whole, 0, block)
+    seq, block = xp.where(keep_whole, whole, seq), xp.where(keep_whole, 0, block)
 
     # Parts that begin inside of a sequence: their steps fall between its first and its last possible cut.
     first = -((starts[:-1] + MIN_SPLIT_BLOCKS) // -step)
-    last_cut = jnp.maximum((blocks[:-1] - MIN_SPLIT_BLOCKS) | 1, 0)
-    cuts = jnp.minimum((starts[:-1] + last_cut) // step, parts - 1) - first + 1
-    split = jnp.where(block > 0, p - jnp.append(first, 0)[seq] + 1, 0)
-    metadata = jnp.stack([seq[:-1], block[:-1], seq[1:], block[1:], split[:-1]], axis=1)
-    partials = jnp.where(~keep_whole & (cuts > 0), cuts + 1, 0)
-    size, even_metadata, even_partials = _plan_even(blocks[:b], parts)
+    last_cut = xp.maximum((blocks[:-1] - MIN_SPLIT_BLOCKS) | 1, 0)
+    cuts = xp.minimum((starts[:-1] + last_cut) // step, parts - 1) - first + 1
+    split = xp.where(block > 0, p - xp.append(first, 0)[seq] + 1, 0)
+    metadata = xp.stack([seq[:-1], block[:-1], seq[1:], block[1:], split[:-1]], axis=1)
+    partials = xp.where(~keep_whole & (cuts > 0), cuts + 1, 0)
+    size, even_metadata, even_partials = _plan_even(blocks[:b], parts, xp)
     # A part of the plan above may be longer than its step by what a piece under the minimum adds.
     even = ~keep_whole & (size <= step + MIN_SPLIT_BLOCKS - 1)
-    return jnp.where(even, even_metadata, metadata), jnp.where(even, even_partials, partials)
+    return xp.where(even, even_metadata, metadata), xp.where(even, even_partials, partials)
 
 
-def _plan_even(blocks, parts):
+def _plan_even(blocks, parts, xp):
     """Every piece a part of its own, and the pieces of a sequence all of one size, the last one aside.
 
     What few and similar sequences want: a part that ends one sequence and begins the next would be the slowest. The
@@ -270,29 +277,29 @@ def _plan_even(blocks, parts):
     b = blocks.shape[0]
 
     def pieces_of(size):  # the last one not under the minimum
-        return jnp.maximum(-((blocks - (MIN_SPLIT_BLOCKS - 1)) // -size), 1)
+        return xp.maximum(-((blocks - (MIN_SPLIT_BLOCKS - 1)) // -size), 1)
 
-    low = jnp.maximum(-(blocks.sum(dtype=jnp.int32) // -parts), MIN_SPLIT_BLOCKS)
+    low = xp.maximum(-(blocks.sum(dtype=xp.int32) // -parts), MIN_SPLIT_BLOCKS)
     low = low + low % 2
-    sizes = low - 2 * (low // -64) * jnp.arange(EVEN_CANDIDATES, dtype=jnp.int32)
-    enough = jax.vmap(pieces_of)(sizes).sum(axis=1, dtype=jnp.int32) <= parts
-    first = jnp.argmax(enough)
-    size = jnp.where(enough[first], sizes[first], jnp.iinfo(jnp.int32).max)
+    sizes = low - 2 * (low // -64) * xp.arange(EVEN_CANDIDATES, dtype=xp.int32)
+    enough = pieces_of(sizes[:, None]).sum(axis=1, dtype=xp.int32) <= parts
+    first = xp.argmax(enough)
+    size = xp.where(enough[first], sizes[first], xp.iinfo(xp.int32).max)
 
     own = -(blocks // -pieces_of(size))
-    own = jnp.maximum(own + own % 2, 1)
+    own = xp.maximum(own + own % 2, 1)
     splits = pieces_of(own)
-    ends = jnp.cumsum(splits, dtype=jnp.int32)
-    part = jnp.arange(parts, dtype=jnp.int32)
-    seq = (ends <= part[:, None]).sum(axis=1, dtype=jnp.int32)
-    ends, own, splits = jnp.append(ends, 0), jnp.append(own, 0), jnp.append(splits, 0)  # sequence b: unused parts
+    ends = xp.cumsum(splits, dtype=xp.int32)
+    part = xp.arange(parts, dtype=xp.int32)
+    seq = (ends <= part[:, None]).sum(axis=1, dtype=xp.int32)
+    ends, own, splits = xp.append(ends, 0), xp.append(own, 0), xp.append(splits, 0)  # sequence b: unused parts
     used, split = seq < b, part - (ends[seq] - splits[seq])
     last = part + 1 == ends[seq]
-    end_seq, end_block = jnp.where(last, seq + 1, seq), jnp.where(last, 0, (split + 1) * own[seq])
+    end_seq, end_block = xp.where(last, seq + 1, seq), xp.where(last, 0, (split + 1) * own[seq])
     rows = seq, split * own[seq], end_seq, end_block, split
     unused = b, 0, b, 0, 0
-    metadata = jnp.stack([jnp.where(used, x, y) for x, y in zip(rows, unused, strict=True)], axis=1)
-    return size, metadata, jnp.where(splits[:b] > 1, splits[:b], 0)
+    metadata = xp.stack([xp.where(used, x, y) for x, y in zip(rows, unused, strict=True)], axis=1)
+    return size, metadata, xp.where(splits[:b] > 1, splits[:b], 0)
 
 
 def _plan_invariant(blocks, parts):

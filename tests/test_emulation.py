@@ -266,6 +266,15 @@ def sparse_source(rng, format, b, s_q, topk, lengths, num_pages, page_size):
     return source, (keys, indices, lengths), (cache, per_token)
 
 
+def drop_equal_lengths(params, length, plan, results):
+    """What a constant plan hands to the kernel: no lengths, and no num_splits where nothing is split."""
+    params.cache_seqlens, params.max_len = None, length
+    if plan[1][-1] == 0:
+        params.num_splits = None
+    for x in results:
+        x[...] = np.nan
+
+
 def emulate_sparse(
     kernels, format, *, h_q=16, b=2, s_q=1, topk=80, parts=2, page_size=7, lengths=None, extra=None, sink=None
 ):
@@ -290,6 +299,11 @@ def emulate_sparse(
     scale = d_qk**-0.5
     params = SparseDecodeParams(*pointers, *sizes, scale, False, 0, None, *own, s_q, KV_FORMATS.get(format, 0), False)
     assert kernels.emulate_sparse_decode(ctypes.byref(params)) is None
+    if lengths is None and (not extra or extra[1] is None):
+        with_lengths = out.copy(), lse.copy()
+        drop_equal_lengths(params, int(seqlens[0]), plan, (out, lse))
+        assert kernels.emulate_sparse_decode(ctypes.byref(params)) is None
+        assert all(np.array_equal(x, y) for x, y in zip(with_lengths, (out, lse)))
     exact, exact_lse = sparse_f64(q, [oracle for _, oracle, _ in sources], scale, sink)
     # As for dense decode.
     assert testing.cosine_difference(out, exact) <= 5e-6
@@ -309,6 +323,13 @@ def test_sparse_heads(kernels, h_q):
 
 
 @pytest.mark.parametrize("format", ("bf16", "fp8_v32", "fp8_v4"))
+def test_sparse_equal_lists(kernels, format):
+    """Whole and split, one list and two: lengths that are all alike need not be handed over."""
+    assert emulate_sparse(kernels, format, topk=130, parts=2) == 0
+    assert emulate_sparse(kernels, format, b=3, topk=1500, extra=(100, None, 3), parts=9) >= 2
+
+
+@pytest.mark.parametrize("format", ("bf16", "fp8_v32", "fp8_v4"))
 def test_sparse_sources(kernels, format):
     """Two lists of other lengths and page sizes, empty ones among them, sinks, split and merged."""
     sink = np.linspace(-3, 3, 16).astype(np.float32)
@@ -322,11 +343,12 @@ def test_sparse_sources(kernels, format):
 
 @pytest.mark.parametrize("format", ("bf16", "bf16_512", "fp8_v32"))
 @pytest.mark.parametrize("heads_kv, group, topk, parts", [(1, 16, 80, 1), (1, 70, 200, 3), (2, 5, 1500, 5)])
-def test_sparse_prefill(kernels, format, heads_kv, group, topk, parts):
+@pytest.mark.parametrize("ragged", (True, False))
+def test_sparse_prefill(kernels, format, heads_kv, group, topk, parts, ragged):
     """A list and sinks for each KV head, lengths, entries that are none, split and whole."""
     rng = np.random.default_rng(topk)
     tokens, d_qk = 3 * heads_kv, FORMATS[format][1]
-    lengths = np.resize([topk, 0, topk // 2, 2**31 - 1], tokens).astype(np.int32)
+    lengths = np.resize([topk, 0, topk // 2, 2**31 - 1] if ragged else [topk], tokens).astype(np.int32)
     source, (keys, indices, _), _owner = sparse_source(rng, format, tokens, 1, topk, lengths, 9, 7)
     seqlens = np.clip(lengths, 0, topk)
     plan = emulate_schedule(kernels, seqlens, parts)
@@ -345,6 +367,11 @@ def test_sparse_prefill(kernels, format, heads_kv, group, topk, parts):
     largest = max_logits.ctypes.data, partial_max.ctypes.data, heads_kv
     params = SparsePrefillParams(*pointers, *sizes, scale, False, 0, None, *own, *largest)
     assert kernels.emulate_sparse_prefill(ctypes.byref(params)) is None
+    if not ragged:
+        with_lengths = out.copy(), lse.copy(), max_logits.copy()
+        drop_equal_lengths(params, topk, plan, (out, lse, max_logits))
+        assert kernels.emulate_sparse_prefill(ctypes.byref(params)) is None
+        assert all(np.array_equal(x, y) for x, y in zip(with_lengths, (out, lse, max_logits)))
     for head in range(heads_kv):  # heads of other tokens
         at = slice(head, None, heads_kv)
         sources = [(keys, indices[at], lengths[at])]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_flashmla import _native, get_mla_metadata, ops
-from jax_flashmla.ops.schedule import num_parts
+from jax_flashmla.ops.schedule import MAX_CONSTANT_PLAN, constant_plan, num_parts
 
 BLOCK, OVERHEAD, PENALTY, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 5, 6, 2, 16, 16
 
@@ -285,3 +285,22 @@ def test_kernel_makes_large_invariant_plans(device):
     expected = ops.schedule(lengths[None], parts=parts, batch_invariant=True, implementation="xla")
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("parts", (1, 7, 66, 132))
+@pytest.mark.parametrize("b", (1, 2, 74, 321, 4096))
+@pytest.mark.parametrize("length", (1, 64, 2048, 16385))
+def test_constant_plan(b, length, parts):
+    """In numpy what the planner makes of equal lengths; what a kernel needs not be told has no elements."""
+    lengths, metadata, num_splits = constant_plan(b, length, parts)
+    expected = ops.schedule.reference(jnp.full((1, b), length, jnp.int32), parts=parts, batch_invariant=False)
+    np.testing.assert_array_equal(metadata, expected[0][0])
+    assert lengths.size == 0 and metadata.dtype == num_splits.dtype == lengths.dtype == np.int32
+    if num_splits.size or expected[1].any():
+        np.testing.assert_array_equal(num_splits, expected[1])
+
+
+def test_large_plans_are_no_constants():
+    assert constant_plan(MAX_CONSTANT_PLAN, 64, 132) is not None
+    assert constant_plan(MAX_CONSTANT_PLAN + 1, 64, 132) is None
+    assert constant_plan(0, 64, 132) is None

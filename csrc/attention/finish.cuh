@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "attention/softmax.cuh"
+#include "hopper/math.cuh"
 #include "params.h"
 
 namespace jax_flashmla {
@@ -15,6 +16,7 @@ inline constexpr bool kSparse = std::is_base_of_v<SparseDecodeParams, Params>;
 
 template <class Params>
 __device__ __forceinline__ int64_t lse_index(const Params& p, int seq, int head, int token) {
+  if constexpr (std::is_same_v<Params, SparsePrefillParams>) return int64_t(seq) * p.h_q + head;
   if constexpr (kSparse<Params>) return (int64_t(seq / p.tokens) * p.h_q + head) * p.tokens + seq % p.tokens;
   return (int64_t(seq) * p.h_q + head) * p.s_q + token;
 }
@@ -24,7 +26,7 @@ template <class Params>
 __device__ __forceinline__ float sink_factor(const Params& p, int seq, int head, float lse2) {
   if constexpr (std::is_same_v<Params, SparsePrefillParams>) head += seq % p.heads_kv * p.h_q;
   if constexpr (kSparse<Params>)
-    if (p.attn_sink) return 1.f / (1.f + exp2_fast(p.attn_sink[head] * kLog2E - lse2));
+    if (p.attn_sink) return reciprocal_fast(1.f + exp2_fast(p.attn_sink[head] * kLog2E - lse2));
   return 1.f;
 }
 

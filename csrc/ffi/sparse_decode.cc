@@ -43,8 +43,10 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
   const bool fp8 = cached == ffi::U8 || cached == ffi::F8E4M3FN;
   FFI_CHECK(q.element_type() == ffi::BF16 || (q.element_type() == ffi::F16 && !fp8), "sparse_decode: q must be bfloat16, or float16 over a float16 cache");
   FFI_CHECK(out->element_type() == q.element_type() && (fp8 || cached == q.element_type()), "sparse_decode: q, out and a plain k_cache have one dtype");
-  FFI_CHECK(cache_seqlens.element_count() == size_t(b) && num_splits.element_count() == size_t(b + 1),
-            "sparse_decode: cache_seqlens [b * s_q], num_splits [b * s_q + 1]");
+  const bool equal = cache_seqlens.element_count() == 0;  // all lists count in full
+  FFI_CHECK(equal ? topk_length.element_count() + extra_topk_length.element_count() == 0 : cache_seqlens.element_count() == size_t(b),
+            "sparse_decode: cache_seqlens [b * s_q], or nothing without topk_length");
+  FFI_CHECK(num_splits.element_count() == 0 || num_splits.element_count() == size_t(b + 1), "sparse_decode: num_splits [b * s_q + 1], or nothing");
   FFI_CHECK(parts >= 1 && parts <= 65535 && meta[1] == kMetadataWidth, "sparse_decode: tile_scheduler_metadata [num_parts <= 65535, 8]");
   FFI_CHECK(attn_sink.element_count() == 0 || attn_sink.element_count() == size_t(h_q), "sparse_decode: attn_sink [h_q] or nothing");
   FFI_CHECK(out->element_count() == size_t(b * h_q * kDv) && lse->element_count() == size_t(b * h_q),
@@ -54,9 +56,9 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
       "sparse_decode: partial_out [slots, 1, h_q rounded up to 16, 512], partial_stats [slots, 1, h_q, 2]");
   SparseDecodeParams p{};
   p.q = q.untyped_data();
-  p.cache_seqlens = cache_seqlens.typed_data();
+  p.cache_seqlens = equal ? nullptr : cache_seqlens.typed_data();
   p.metadata = reinterpret_cast<const Part*>(metadata.typed_data());
-  p.num_splits = num_splits.typed_data();
+  p.num_splits = num_splits.element_count() ? num_splits.typed_data() : nullptr;
   p.out = out->untyped_data();
   p.lse = lse->typed_data();
   p.partial_out = partial_out->typed_data();
@@ -74,6 +76,11 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
   if (extra_k_cache.element_count()) {
     FFI_CHECK(extra_k_cache.element_type() == cached, "sparse_decode: extra_k_cache has k_cache's dtype");
     if (ffi::Error error = set_source(p.sources[1], p, extra_k_cache, extra_indices, extra_topk_length); error.failure()) return error;
+  }
+  if (equal) {
+    const int64_t keys = (int64_t(p.sources[0].topk) + kBlockTokens - 1) / kBlockTokens * kBlockTokens + p.sources[1].topk;
+    FFI_CHECK(keys <= p.max_len, "sparse_decode: two lists of 2^31 entries at most");
+    p.max_len = int(keys);
   }
   FFI_LAUNCH(run_sparse_decode(p));
   return ffi::Error::Success();

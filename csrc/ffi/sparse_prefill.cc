@@ -21,17 +21,20 @@ static ffi::Error SparsePrefillImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuf
                                     ffi::ResultBuffer<ffi::F32> partial_max, float softmax_scale) {
   const auto qd = q.dimensions(), id = indices.dimensions(), lens = cache_seqlens.dimensions(), meta = metadata.dimensions(),
              partial = partial_out->dimensions();
-  FFI_CHECK(qd.size() == 3 && id.size() == 3 && lens.size() == 2 && meta.size() == 3 && partial.size() == 4,
-            "sparse_prefill: q [s_q, h_q, d_qk], indices [s_q, h_kv, topk], cache_seqlens [n, chunk], metadata [n, parts, 8]");
-  const int64_t s_q = qd[0], h_q = qd[1], d_qk = qd[2], h_kv = id[1], n = lens[0], chunk = lens[1], parts = meta[1], slots = partial[0];
+  const bool equal = cache_seqlens.element_count() == 0;  // all lists count in full
+  FFI_CHECK(qd.size() == 3 && id.size() == 3 && (equal || lens.size() == 2) && meta.size() == 3 && partial.size() == 4,
+            "sparse_prefill: q [s_q, h_q, d_qk], indices [s_q, h_kv, topk], cache_seqlens [n, chunk] or nothing, metadata [n, parts, 8]");
+  const int64_t s_q = qd[0], h_q = qd[1], d_qk = qd[2], h_kv = id[1], n = meta[0], parts = meta[1], slots = partial[0];
   if (s_q == 0 || h_q == 0) return ffi::Error::Success();
   FFI_CHECK(id[0] == s_q && h_kv >= 1 && h_q % h_kv == 0 && id[2] <= kIntMax - kBlockTokens,
             "sparse_prefill: indices [s_q, h_kv, topk], h_q a multiple of h_kv");
-  const int64_t tokens = s_q * h_kv, group = h_q / h_kv;
+  const int64_t tokens = s_q * h_kv, group = h_q / h_kv, chunk = equal ? tokens : lens[1];
   FFI_CHECK(tokens <= kIntMax - 1 && group <= 65536 && (d_qk == 576 || d_qk == 512), "sparse_prefill: d_qk must be 576 or 512, h_q / h_kv 65536 at most");
   FFI_CHECK(q.element_type() == ffi::BF16 && out->element_type() == ffi::BF16, "sparse_prefill: q and out must be bfloat16");
-  FFI_CHECK(n >= 1 && chunk >= 1 && n * chunk >= tokens && (n - 1) * chunk < tokens && meta[0] == n && num_splits.element_count() == size_t(n * (chunk + 1)),
-            "sparse_prefill: cache_seqlens [n, chunk] of all s_q * h_kv, num_splits [n, chunk + 1]");
+  FFI_CHECK(n >= 1 && chunk >= 1 && n * chunk >= tokens && (n - 1) * chunk < tokens && (equal || lens[0] == n),
+            "sparse_prefill: cache_seqlens [n, chunk] of all s_q * h_kv, or nothing and one plan");
+  FFI_CHECK(num_splits.element_count() == 0 || num_splits.element_count() == size_t(n * (chunk + 1)), "sparse_prefill: num_splits [n, chunk + 1], or nothing");
+  FFI_CHECK(!equal || topk_length.element_count() == 0, "sparse_prefill: topk_length goes with cache_seqlens");
   FFI_CHECK(chunk % h_kv == 0, "sparse_prefill: a plan is of whole tokens");
   FFI_CHECK(parts >= 1 && parts <= 65535 && meta[2] == kMetadataWidth, "sparse_prefill: tile_scheduler_metadata [n, num_parts <= 65535, 8]");
   FFI_CHECK(topk_length.element_count() == 0 || topk_length.element_count() == size_t(tokens), "sparse_prefill: topk_length [s_q * h_kv] or nothing");
@@ -52,7 +55,7 @@ static ffi::Error SparsePrefillImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuf
   p.partial_stats = partial_stats->typed_data();
   p.partial_max = partial_max->typed_data();
   p.s_q = 1, p.h_q = int(group), p.h_kv = 1, p.group = int(group), p.rows = int(group), p.heads_kv = int(h_kv), p.tokens = 1;
-  p.d_qk = int(d_qk), p.max_len = int(kIntMax - kBlockTokens);
+  p.d_qk = int(d_qk), p.max_len = int(equal ? id[2] : kIntMax - kBlockTokens);
   p.num_parts = int(parts), p.slots = int(slots);
   p.softmax_scale = softmax_scale;
   p.dtype = Dtype::kBF16, p.format = pool.format;
@@ -69,9 +72,9 @@ static ffi::Error SparsePrefillImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuf
     p.out = static_cast<uint16_t*>(out->untyped_data()) + first * group * kDv;
     p.lse = lse->typed_data() + first * group;
     p.max_logits = max_logits->typed_data() + first * group;
-    p.cache_seqlens = cache_seqlens.typed_data() + first;
+    p.cache_seqlens = equal ? nullptr : cache_seqlens.typed_data() + first;
     p.metadata = reinterpret_cast<const Part*>(metadata.typed_data()) + i * parts;
-    p.num_splits = num_splits.typed_data() + i * (chunk + 1);
+    p.num_splits = num_splits.element_count() ? num_splits.typed_data() + i * (chunk + 1) : nullptr;
     source.indices = indices.typed_data() + first * id[2];
     source.topk_length = topk_length.element_count() ? topk_length.typed_data() + first : nullptr;
     FFI_LAUNCH(run_sparse_prefill(p));

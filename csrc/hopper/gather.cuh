@@ -1,4 +1,4 @@
-// Rows that are read once, from anywhere. PTX ISA: "ld", "cp.async", "cp.async.mbarrier.arrive", "prefetch".
+// Rows that are read once, from anywhere. PTX ISA: "ld", "cp.async", "cp.async.mbarrier.arrive", "cp.async.bulk", "prefetch".
 //
 // Loads with a condition are written so that they go straight into their registers: a branch or a select behind a load would wait for it. No load is
 // ld.global.nc: the predecessor in the stream may still be writing when a kernel starts.
@@ -55,6 +55,11 @@ __device__ __forceinline__ void barrier_arrive_behind_copies(Barrier& bar) {
 }
 // Until all copies of this thread so far are there; the other threads still need a barrier.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// So many bytes, a multiple of 16 as are both addresses, to shared memory by the copy engine; they count for the barrier.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* p, uint32_t bytes, Barrier& bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(p), "r"(bytes), "r"(smem_address(&bar))
+               : "memory");
+}
 // So many bytes, to L2: multiples of 16.
 __device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes)); }
 // The line of 128 bytes that p points into, to L2.

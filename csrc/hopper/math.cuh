@@ -1,4 +1,4 @@
-// PTX ISA: "ex2", "mul" of bf16x2, which keeps subnormal numbers, "prmt".
+// PTX ISA: "ex2", "lg2", "rcp", "mul" of bf16x2, which keeps subnormal numbers, "prmt". The first three are good to two units in the last place.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,18 @@ namespace jax_flashmla {
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

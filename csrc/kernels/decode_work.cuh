@@ -53,12 +53,12 @@ struct Cta {
   __device__ int first_block(int seq) const { return seq == part.begin_seq ? min(max(part.begin_block, 0), p.max_len / kBlockTokens) : 0; }
 
   __device__ Work work(int seq) const {
-    Work w{seq, min(max(p.cache_seqlens[seq], 0), p.max_len)};
+    Work w{seq, p.cache_seqlens ? min(max(p.cache_seqlens[seq], 0), p.max_len) : p.max_len};
     const int keys = max(keys_of(w.len, last_token), 0);
     const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
     w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;
     w.begin = min(first_block(seq), max(w.end, 0));
-    const int first = p.num_splits[seq], partials = p.num_splits[seq + 1] - first;
+    const int first = p.num_splits ? p.num_splits[seq] : 0, partials = p.num_splits ? p.num_splits[seq + 1] - first : 0;
     w.slot = partials > 0 ? first + (seq == part.begin_seq ? part.begin_split : 0) : -1;
     return w;
   }
@@ -71,39 +71,41 @@ __host__ __device__ inline int q_box_rows(const DecodeParams& p) {
   return rows;
 }
 
-// Columns 64t .. 64t+63 of the tile's rows of Q. Rows past the end of the sequence lie outside of the map and become zeros.
-template <class T>
+// kTiles sub-tiles of the tile's rows of Q, from t on. Rows past the end of the sequence lie outside of the map and become zeros.
+template <int kTiles, class T>
 __device__ __forceinline__ void load_q(const CUtensorMap& q_map, Barrier& full, T* dst, const Cta& cta, int seq, int t) {
+  if (cta.p.h_kv == 1) return tma_load(q_map, full, dst, 0, cta.row0(), t, 0, seq);
   const int box = q_box_rows(cta.p);
-  for (int i = 0; i < kRowTile; i += box) {
-    const int row = cta.row0() + i, token = cta.p.h_kv > 1 ? row / cta.p.group : 0;
-    tma_load(q_map, full, dst + i * 64, t * 64, row - token * cta.p.group, cta.kv_head(), token, seq);
+  for (int i = 0; i < kTiles * kRowTile; i += box) {
+    const int row = cta.row0() + i % kRowTile, token = row / cta.p.group;
+    tma_load(q_map, full, dst + i * 64, 0, row - token * cta.p.group, t + i / kRowTile, cta.kv_head(), seq * cta.p.s_q + token);
   }
 }
 
-// A map over 16-bit elements in boxes of 64 columns by `box` of the dimension box_dim; stride[i] is that of dimension i + 1, in elements.
+// A map over 16-bit elements, 64 of which a box has in the first dimension; stride[i] is that of dimension i + 1, in elements.
 template <class T, int kRank>
-Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[kRank], const int64_t (&stride)[kRank - 1], int box_dim, int box) {
+Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[kRank], const int64_t (&stride)[kRank - 1], const cuuint32_t (&box)[kRank]) {
   const auto encode = tensor_map_encoder();
   if (!encode) return "decode: the CUDA driver offers no cuTensorMapEncodeTiled; a driver for CUDA 12 or newer is needed";
   cuuint64_t bytes[kRank - 1];
-  cuuint32_t boxes[kRank], step[kRank];
-  for (int i = 0; i < kRank; ++i) boxes[i] = i == 0 ? 64 : i == box_dim ? cuuint32_t(box) : 1, step[i] = 1;
+  cuuint32_t step[kRank];
+  for (int i = 0; i < kRank; ++i) step[i] = 1;
   for (int i = 0; i + 1 < kRank; ++i) bytes[i] = cuuint64_t(stride[i]) * sizeof(T);
   const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   // L2 fetches lines of 128 bytes, a row of a sub-tile: in pairs they cost 5 % of the bandwidth.
-  const CUresult err = encode(&map, type, kRank, const_cast<void*>(base), size, bytes, boxes, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  const CUresult err = encode(&map, type, kRank, const_cast<void*>(base), size, bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return err == CUDA_SUCCESS ? nullptr : "decode: the CUDA driver refused a tensor map of q or k_cache";
 }
 
-// The map of q, in boxes of up to kRowTile rows: as [b, token, KV head, row of the head, d], or with one KV head as [b, 1, 1, row, d].
-template <class T>
+// The map of q: [sequence and token, KV head, sub-tile, row of the head, 64] in boxes of some rows, or with one KV head [sequence, 1, sub-tile, row, 64] in boxes
+// of the tile's rows and kTiles sub-tiles, one behind the other as in shared memory.
+template <int kTiles, class T>
 Status encode_q_map(CUtensorMap& q_map, const DecodeParams& p) {
-  const int64_t d = p.d_qk;
   const bool one = p.h_kv == 1;
-  return encode_map<T, 5>(q_map, p.q, {cuuint64_t(d), cuuint64_t(one ? p.rows : p.group), cuuint64_t(p.h_kv), cuuint64_t(one ? 1 : p.s_q), cuuint64_t(p.b)},
-                          {d, p.group * d, p.h_q * d, int64_t(p.s_q) * p.h_q * d}, 1, q_box_rows(p));
+  const int64_t d = p.d_qk, rows = one ? p.rows : p.group, all = int64_t(p.b) * p.s_q * p.h_q;
+  return encode_map<T, 5>(q_map, p.q, {64, cuuint64_t(rows), cuuint64_t(d / 64), cuuint64_t(p.h_kv), cuuint64_t(all / (rows * p.h_kv))},
+                          {d, 64, rows * d, rows * p.h_kv * d}, {64, cuuint32_t(q_box_rows(p)), one ? kTiles : 1u, 1, 1});
 }
 
 }  // namespace jax_flashmla

@@ -88,8 +88,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
     q_phase ^= 1;
     if (warp == 0) smem.work = w;  // published by the barrier
     barrier_expect(smem.q_full, 2 * kSubTileBytes);
-#pragma unroll
-    for (int t = 2 * warp; t < 2 * warp + 2; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
+    load_q<2>(q_map, smem.q_full, smem.q[2 * warp], cta, seq, 2 * warp);
 
     // All CTAs of a card start at once, and the memory is the bottleneck until their slots are full: slot 0 goes first, so that work can begin. The barrier is
     // not a phase further by then: the right half of slot 0 is refilled only after slot 1 was read.
@@ -130,10 +129,10 @@ template <class T, int kDqk>
 Status launch_dense_decode(const DenseDecodeParams& p) {
   using Tr = Traits<T, kDqk, Keys::kPaged>;
   CUtensorMap q_map, k_map;
-  if (Status error = encode_q_map<T>(q_map, p)) return error;
+  if (Status error = encode_q_map<2, T>(q_map, p)) return error;
   const int64_t d = p.d_qk;
   if (Status error = encode_map<T, 4>(k_map, p.k_cache, {cuuint64_t(d), cuuint64_t(p.h_kv), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)},
-                                      {d, p.h_kv * d, int64_t(p.page_size) * p.h_kv * d}, 2, std::min(p.page_size, kBlockTokens)))
+                                      {d, p.h_kv * d, int64_t(p.page_size) * p.h_kv * d}, {64, 1, cuuint32_t(std::min(p.page_size, kBlockTokens)), 1}))
     return error;
   const auto kernel = dense_decode_kernel<Tr>;
   constexpr size_t smem = sizeof(Storage<Tr>);

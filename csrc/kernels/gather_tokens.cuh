@@ -157,15 +157,18 @@ class CopyRows {
   Entries entries_;     // of the next block
 };
 
-// Rows of fp8. They are copied as they are into the half of a slot that is let go of first, and become bfloat16 from there: 128 columns at a time, which
-// fill two sub-tiles, the last ones in place. So bytes on their way need no registers, and a warp needs nothing of the others.
+// Rows of fp8. Their codes are copied as they are into the half of a slot that is let go of first, and become bfloat16 from there. A warp's sixteen tokens, 512
+// bytes each, fill a sub-tile of that half. 128 columns of bfloat16 fill two sub-tiles of all warps: first those of the other half, then, when no warp has codes
+// in shared memory any more, those of this one.
 template <class Tr, KVFormat kFormat, int kAlign>
 class ConvertRows {
   using R = Fp8Layout<kFormat>;
-  static constexpr int kSteps = Tr::kHalf;         // of 128 columns, whose codes fill a sub-tile
+  using Codes = uint4[2][2];                       // of 128 columns: of two tokens and their halves, this lane's sixteen
+  static constexpr bool kBulk = kAlign == 16;      // else rows are not aligned for the copy engine
+  static constexpr int kStaged = 512;              // bytes that a token's codes have in the slot
   static constexpr int kRopeTile = 2 * Tr::kHalf;  // where rope is copied to
   static constexpr bool kRopeMoves = !Tr::kRope;   // and whether it goes on from there: it may be part of V
-  static_assert(kRopeTile < Tr::kSlotTiles && kSteps * 128 >= R::kLatent);
+  static_assert(kRopeTile < Tr::kSlotTiles && R::kLatent <= kStaged && 16 * kStaged == kSubTileBytes && Tr::kFullBarriers == 4);
 
  public:
   __device__ __forceinline__ ConvertRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
@@ -183,32 +186,36 @@ class ConvertRows {
     const int lane = lane_again();
     const uint32_t valid = __reduce_or_sync(~0u, (row_[0] ? 1u << place(lane / 4) : 0u) | (row_[1] ? 256u << place(lane / 4) : 0u));
     barrier_wait(smem_.k_empty[slot][slot], phase);
-    copy(slot);
+    copy(slot, valid);
     if (lane == 0) reinterpret_cast<uint16_t*>(&smem_.valid[slot])[warp_] = uint16_t(valid);
     const Fp8Scales scales[2] = {scales_of(scales_[0]), scales_of(scales_[1])};
     const bool exact = __all_sync(~0u, scales[0].exact && scales[1].exact);
     const uint32_t multipliers[2] = {exact ? scales[0].multipliers : scales_[0], exact ? scales[1].multipliers : scales_[1]};
     next(cursor);
     if (!Tr::kPrefill || p_.prefetch) prefetch();
-    wait_for_copies();
-    __syncwarp();
+    if (kBulk) barrier_wait(smem_.k_staged[warp_], staged_), staged_ ^= 1;
+    if (!kBulk || kRopeMoves) wait_for_copies(), __syncwarp();
     barrier_wait(smem_.k_empty[slot][1 - slot], phase);
-#pragma unroll 1
-    for (int step = 0; step < kSteps; ++step)
-      if (exact)
-        convert<true>(slot, step, multipliers);
-      else
-        convert<false>(slot, step, multipliers);
+    if (exact)
+      convert<true>(slot, multipliers);
+    else
+      convert<false>(slot, multipliers);
   }
 
  private:
-  // Lanes 4g .. 4g + 3 convert two tokens: row place(g) of the warp's sixteen, and the row 8 below. Eight lanes access shared memory at once: two rows,
-  // which lie in different banks because the swizzle tells them apart in bit 0 (stores: every other chunk) and in bit 2 (loads: half of the chunks).
+  // Lanes 4g .. 4g + 3 have two tokens: row place(g) of the warp's sixteen, and the row 8 below. Eight lanes access shared memory at once, two rows. When they
+  // store, these lie in different banks because the swizzle tells them apart in bit 0: every other chunk. When they load, because they take turns: odd rows
+  // take the second half of 128 columns first.
   static __device__ __forceinline__ int place(int g) { return g ^ (g & 1) << 2; }  // its own inverse
+  static __device__ __forceinline__ int half_of(int lane, int turn) { return turn ^ (lane >> 2 & 1); }
   __device__ __forceinline__ int row(int lane) const { return 16 * warp_ + place(lane / 4); }
   // Where a chunk of 16 bytes of token i lies: rows of a sub-tile are 128 bytes.
   __device__ __forceinline__ uint32_t to(int lane, int slot, int t, int i, int chunk) const {
     return smem_address(smem_.k[slot][t]) + (row(lane) + 8 * i) * 128 + ((chunk ^ place(lane / 4)) << 4);
+  }
+  // Where the codes of token i are copied to.
+  __device__ __forceinline__ uint32_t staged(int lane, int slot, int i) const {
+    return smem_address(smem_.k[slot][Tr::kHalf * slot + warp_]) + (place(lane / 4) + 8 * i) * kStaged;
   }
 
   // Where token i of the next block is, and how far behind its scales.
@@ -257,60 +264,73 @@ class ConvertRows {
     return R::kTile == 64 ? Fp8Scales::of_e8m0(scale & 0xFF, scale >> 8) : Fp8Scales::of_float(scale);
   }
 
-  // Copies the block. Eight lanes have a token, and what they copy at once is in one line of 128 bytes of global memory: one request. Codes of 128 columns
-  // fill a sub-tile of the half that is let go of first.
-  __device__ __forceinline__ void copy(int slot) const {
-    constexpr int kCodes = R::kLatent / 16, kRope = R::kRope / 16;  // where chunks of codes end and those of rope begin
+  // Copies the block. Codes of tokens that are not there stay what they were: some finite numbers, times a scale of nearly zero, which nobody looks at.
+  __device__ __forceinline__ void copy(int slot, uint32_t valid) const {
     const int lane = lane_again();
+    if constexpr (kBulk) {
+      if (lane == 0) barrier_expect(smem_.k_staged[warp_], __popc(valid) * R::kLatent);
+      const int i = lane & 1;
+      if ((lane & 2) == 0 && (i ? row_[1] : row_[0])) copy_bulk(staged(lane, slot, i), i ? row_[1] : row_[0], R::kLatent, smem_.k_staged[warp_]);
+    } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int i = 4 * (j & 1) + lane / 8;  // of eight
-      const auto row = reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(row_[j / 2]), 4 * place(i)));
-      const int first = (lane & 7) - int(reinterpret_cast<uint64_t>(row) >> 4 & 7);  // this lane's chunk in the first line; before the row it has none
-      const uint32_t tile = smem_address(smem_.k[slot]) + (16 * warp_ + 8 * (j / 2) + i) * 128;
-      const uint32_t code_to = tile + Tr::kHalf * slot * kSubTileBytes + (((first & 7) ^ i) << 4) - (first < 0 ? kSubTileBytes : 0);
-      const uint32_t rope_to = tile + kRopeTile * kSubTileBytes + (((first - kRope & 7) ^ i) << 4);
-#pragma unroll
-      for (int line = 0; 8 * line - 7 < kRope + 8; ++line) {
-        const int chunk = 8 * line + first;  // -7 <= first <= 7
-        const bool code = (line > 0 || first >= 0) && (8 * line + 7 < kCodes || chunk < kCodes);
-        const bool rope = 8 * line + 7 >= kRope && chunk >= kRope && (8 * line + 7 < kRope + 8 || chunk < kRope + 8);
-        if (code || rope) copy_async<kAlign>(code ? code_to + line * kSubTileBytes : rope_to, row + 16 * first + 128 * line, row);
-      }
+      for (int i = 0; i < 2; ++i)
+        for (int o = 16 * (lane & 3); o < R::kLatent; o += 64) copy_async<kAlign>(staged(lane, slot, i) + o, row_[i] + o, row_[i]);
     }
-  }
-
-  // 128 columns. From the left half of the slot they come last to first, from the right half first to last: so what they are stored over has been loaded,
-  // the last time by this very step. kExact: one multiplication by a multiplier does it; else `scales` are as in the cache. Zeros where there is no row.
-  template <bool kExact>
-  __device__ __forceinline__ void convert(int slot, int step, const uint32_t (&scales)[2]) const {
-    const int lane = lane_again(), columns = slot == 0 ? kSteps - 1 - step : step;
-    uint4 codes[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int u = 0; u < 2; ++u) codes[i][u] = load_shared(to(lane, slot, Tr::kHalf * slot + columns, i, 4 * u + (lane & 3)));
-    __syncwarp();
+      for (int chunk = lane & 3; chunk < 8; chunk += 4) copy_async<kAlign>(to(lane, slot, kRopeTile, i, chunk), row_[i] + R::kRope + 16 * chunk, row_[i]);
+  }
+
+  // kExact: one multiplication by a multiplier does it; else `scales` are as in the cache.
+  template <bool kExact>
+  __device__ __forceinline__ void convert(int slot, const uint32_t (&scales)[2]) const {
+    const int other = slot == 0 ? 2 : 0;  // 128 columns that the other half has
+    Codes a, b;
+    load(a, slot, other);
+    load(b, slot, other + 1);
+    store<kExact>(a, slot, other, scales);
+    load(a, slot, other ^ 2);
+    store<kExact>(b, slot, other + 1, scales);
+    load(b, slot, other + 1 ^ 2);
+    named_sync(kProducersReady, kWarpgroup);
+    store<kExact>(a, slot, other ^ 2, scales);
+    wait_for_copies();  // of rope, which scores wait for with the rest
+    store<kExact>(b, slot, other + 1 ^ 2, scales);
+  }
+
+  __device__ __forceinline__ void load(Codes& codes, int slot, int columns) const {
+    const int lane = lane_again();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int turn = 0; turn < 2; ++turn) codes[i][turn] = load_shared(staged(lane, slot, i) + 128 * columns + 64 * half_of(lane, turn) + 16 * (lane & 3));
+  }
+
+  template <bool kExact>
+  __device__ __forceinline__ void store(const Codes& codes, int slot, int columns, const uint32_t (&scales)[2]) const {
+    const int lane = lane_again();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t two = __shfl_sync(~0u, scales[i], (lane & ~3) | columns);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
+      for (int turn = 0; turn < 2; ++turn) {
+        const int half = half_of(lane, turn);
         uint4 out[2];
         if constexpr (kExact)
-          dequantize(out, codes[i][u], R::kTile == 64 ? permute_bytes(two, u ? 0x3232 : 0x1010) : two);
+          dequantize(out, codes[i][turn], R::kTile == 64 ? permute_bytes(two, half ? 0x3232 : 0x1010) : two);
         else
-          dequantize_slowly(out, codes[i][u], R::kTile == 64 ? e8m0(two >> (8 * u) & 0xFF) : __uint_as_float(two));
+          dequantize_slowly(out, codes[i][turn], R::kTile == 64 ? e8m0(two >> (8 * half) & 0xFF) : __uint_as_float(two));
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int chunk = 2 * (lane & 3) + j;
-          if (kRopeMoves && u == 1 && columns == kSteps - 1) out[j] = load_shared(to(lane, slot, kRopeTile, i, chunk));
-          store_shared(to(lane, slot, 2 * columns + u, i, chunk), out[j]);
+          if (kRopeMoves && half == 1 && columns == 3) out[j] = load_shared(to(lane, slot, kRopeTile, i, chunk));
+          store_shared(to(lane, slot, 2 * columns + half, i, chunk), out[j]);
         }
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(smem_.k_full[slot][columns]);  // here and not behind both ways, which costs 3 %
+    if (lane == 0) barrier_arrive(smem_.k_full[slot][columns]);
   }
 
   const SparseDecodeParams& p_;
@@ -319,6 +339,7 @@ class ConvertRows {
   const char* row_[2];  // of the block; nullptr where there is no token
   Entries entries_;     // of the next block
   uint32_t scales_[2];  // of the block
+  uint32_t staged_ = 0;
 };
 
 template <class Tr, class Producer>
@@ -329,6 +350,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const SparseDe
   if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
   if (warp == 2 && lane == 0) barrier_init(smem.q_full, 1);
   if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
+  if (lane == 1) barrier_init(smem.k_staged[warp], 1);
   if (warp == 0 && lane == 0) tma_prefetch_map(q_map);
   barrier_init_fence();
   const Cta cta{p, smem.part};  // not in registers, of which there are none to spare
@@ -348,8 +370,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const SparseDe
       barrier_wait(smem.q_empty, q_phase);
       smem.work = w;  // published by the barrier
       barrier_expect(smem.q_full, 2 * Tr::kHalf * kSubTileBytes);
-#pragma unroll 1
-      for (int t = 0; t < 2 * Tr::kHalf; ++t) load_q(q_map, smem.q_full, smem.q[t], cta, seq, t);
+      load_q<2 * Tr::kHalf>(q_map, smem.q_full, smem.q[0], cta, seq, 0);
     }
     __syncwarp();
     q_phase ^= 1;
@@ -375,7 +396,7 @@ __device__ __forceinline__ void attend(const CUtensorMap& q_map, const Params& p
 template <class Tr, class Params>
 Status launch_attend(void (*kernel)(CUtensorMap, Params), const Params& p) {
   CUtensorMap q_map;
-  if (Status error = encode_q_map<typename Tr::T>(q_map, p)) return error;
+  if (Status error = encode_q_map<2 * Tr::kHalf, typename Tr::T>(q_map, p)) return error;
   const dim3 grid((p.rows + kRowTile - 1) / kRowTile, 1, p.num_parts);
   const int cluster = grid.x % 2 == 0 ? 2 : 1;  // row tiles gather the same tokens: side by side, the second one finds them in L2
   constexpr size_t smem = sizeof(Storage<Tr>);

@@ -43,7 +43,7 @@ struct Traits {
   using T = T_;
   static constexpr bool kGathered = kKeys != Keys::kPaged, kConverted = kKeys == Keys::kConverted, kPrefill = kPrefill_;
   using Valid = std::conditional_t<kGathered, uint64_t, uint32_t>;
-  static constexpr int kComputeRegisters = kConverted ? 216 : 224, kProducerRegisters = kConverted ? 72 : 56;
+  static constexpr int kComputeRegisters = kConverted ? 208 : 224, kProducerRegisters = kConverted ? 88 : 56;
   static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);  // what the CTA is given; asking for more waits for ever
   static constexpr bool kRope = kDqk > kDv;
   static constexpr int kSubTiles = kDqk / 64;
@@ -55,7 +55,7 @@ struct Traits {
 };
 
 constexpr int kShortPiece = 32;  // blocks, some 50 us: a last piece behind which combine is launched early
-enum NamedBarrier { kStart = 1, kProducersReady, kP0Ready, kP1Ready = kP0Ready + 2, kTurn1 = kP1Ready + 2, kRowSums, kWarpgroup0, kWarpgroup1 };
+enum NamedBarrier { kStart = 1, kProducersReady, kP0Ready, kP1Ready = kP0Ready + 2, kTurn1 = kP1Ready + 2, kRowSums, kStored, kWarpgroup0, kWarpgroup1 };
 
 // Where a gathering warp is in its part: a block of a sequence, and the entries of the sequence's two lists.
 struct alignas(16) Walk {
@@ -75,7 +75,7 @@ struct alignas(1024) Storage {
   Part part;
   Work work;                                    // the piece whose Q is in shared memory
   int row_index[Tr::kGathered ? 1 : kRowTile];  // Cta::index_of, which divides
-  Barrier k_full[2][Tr::kFullBarriers], k_empty[2][2], q_full, q_empty;
+  Barrier k_full[2][Tr::kFullBarriers], k_empty[2][2], k_staged[4], q_full, q_empty;  // k_staged: of a gathering warp, where rows are converted
 };
 static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && sizeof(Storage<Traits<__half, 576, Keys::kCopied, true>>) <= 232448 &&
                   sizeof(Storage<Traits<__half, 576, Keys::kConverted, true>>) <= 232448,
@@ -144,9 +144,9 @@ __device__ __forceinline__ void clear_rows(typename Storage<Tr>::SubTile (&k)[Tr
 }
 
 // This thread's share of the rope part of Q: the A operand of the rope product.
-__device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta, int seq, const int (&index)[2], int lane) {
+__device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta, int seq, int index0, int index1, int lane) {
   const auto* q = static_cast<const uint16_t*>(cta.p.q) + cta.first_index(seq) * cta.p.d_qk + kDv;
-  load_fragment(q_rope, index[0] < 0 ? nullptr : q + int64_t(index[0]) * cta.p.d_qk, index[1] < 0 ? nullptr : q + int64_t(index[1]) * cta.p.d_qk, lane);
+  load_fragment(q_rope, index0 < 0 ? nullptr : q + int64_t(index0) * cta.p.d_qk, index1 < 0 ? nullptr : q + int64_t(index1) * cta.p.d_qk, lane);
 }
 
 template <class Tr, class Params>
@@ -159,7 +159,9 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
   // Rows of gathered keys are the heads of one token, in order.
   auto index_of = [&](int row) { return !Tr::kGathered ? cta.index_of(row) : cta.row0() + row < p.rows ? cta.row0() + row : -1; };
   auto token_of = [&](int row) { return Tr::kGathered ? 0 : cta.token_of(row); };
-  const int index[2] = {index_of(tile_row[0]), index_of(tile_row[1])}, token[2] = {token_of(tile_row[0]), token_of(tile_row[1])}, first_token = token_of(0);
+  const int own_index[2] = {index_of(tile_row[0]), index_of(tile_row[1])};
+  auto index = [&](int r) { return Tr::kGathered ? index_of(16 * warp + lane_again() / 4 + 8 * r) : own_index[r]; };  // not through the main loop in registers
+  const int token[2] = {token_of(tile_row[0]), token_of(tile_row[1])}, first_token = token_of(0);
   wait_for_predecessor();
   named_sync(kStart, kThreads);  // the part is there
   // A scale of zero (a plain mean) would turn the masked -inf into NaN; this is as good as zero.
@@ -194,7 +196,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     return update_reference(top, scale_log2, reference, factor);
   };
 
-  if (Tr::kRope && cta.part.begin_seq <= cta.last_seq()) load_rope(q_rope, cta, cta.part.begin_seq, index, lane);
+  if (Tr::kRope && cta.part.begin_seq <= cta.last_seq()) load_rope(q_rope, cta, cta.part.begin_seq, index(0), index(1), lane);
   for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
     barrier_wait(smem.q_full, q_phase);
     q_phase ^= 1;
@@ -210,7 +212,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     // Q is no longer needed: lets the producer copy the next sequence's, and fetches the next rope part behind what is left of this piece.
     auto release_q = [&] {
       arrive(smem.q_empty);
-      if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index, lane);
+      if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index(0), index(1), lane);
     };
     auto mask = [&](int block, typename Tr::Valid valid) {
       if constexpr (Tr::kGathered) {
@@ -366,24 +368,29 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const int own = index(r);
       const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
       const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
-      inverse[r] = any ? 1.f / total : 0.f;
-      if (kSparse<Params> && any && index[r] >= 0) inverse[r] *= sink_factor(p, seq, index[r], reference[r] + log2f(total));  // one token, so a row is a head
-      if (index[r] >= 0 && wg == 0 && (lane & 3) == 0) {
+      const float lse = reference[r] + log2_fast(total);  // base 2
+      inverse[r] = any ? reciprocal_fast(total) : 0.f;
+      if (kSparse<Params> && any && own >= 0) inverse[r] *= sink_factor(p, seq, own, lse);  // one token, so a row is a head
+      if (own >= 0 && wg == 1 && (lane & 3) == 0) {  // warpgroup 0 is in a hurry: it computes the first scores of the next piece
         if (w.slot < 0)
-          p.lse[lse_index(p, seq, index[r] - token[r] * p.h_q, token[r])] = any ? (reference[r] + log2f(total)) * kLn2 : -INFINITY;
+          p.lse[lse_index(p, seq, own - token[r] * p.h_q, token[r])] = any ? lse * kLn2 : -INFINITY;
         else if (w.slot < p.slots)
           *partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r]) = make_float2(reference[r], total);
         if constexpr (Tr::kPrefill) {
           const float logit = fmaxf(row_sum[0][kRowTile + tile_row[r]], row_sum[1][kRowTile + tile_row[r]]) * scale_log2 * kLn2;
-          if (w.slot < p.slots) (w.slot < 0 ? p.max_logits + int64_t(seq) * p.h_q : p.partial_max + int64_t(w.slot) * p.h_q)[index[r]] = logit;
+          if (w.slot < p.slots) (w.slot < 0 ? p.max_logits + int64_t(seq) * p.h_q : p.partial_max + int64_t(w.slot) * p.h_q)[own] = logit;
         }
       }
     }
     if (w.slot < 0) {  // through P, which is free: both warpgroups are through with their last products
+      // Storing takes a thousand clocks a warpgroup, of which warpgroup 1 has more to spare.
+      if (wg == 1) named_sync(kStored, kComputeThreads);
       T* out = static_cast<T*>(p.out) + cta.first_index(seq) * kDv + wg * (kDv / 2);
       store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return Tr::kGathered ? index_of(16 * warp + i) : smem.row_index[16 * warp + i]; });
+      if (wg == 0) named_arrive(kStored, kComputeThreads);
     } else if (w.slot < p.slots && cta.row0() + 16 * warp < p.rows) {
       float4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + lane;
 #pragma unroll

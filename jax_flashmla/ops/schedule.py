@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import _native, reference
 from .._primitive import define
@@ -11,6 +12,8 @@ ROW_TILE = 64
 METADATA_WIDTH = 8
 MAX_SEQUENCES = 50_000
 MAX_SPLITS = reference.MAX_INVARIANT_SPLITS
+MAX_CONSTANT_PLAN = 8192
+"""Sequences of a plan that is put into the program, some ten KB. Beside more of them the planner's time is nothing."""
 
 
 def num_parts(b: int, rows: int, h_kv: int, *, batch_invariant: bool = False) -> int:
@@ -36,6 +39,20 @@ def workspaces(b: int, rows: int, h_kv: int, parts: int) -> list[jax.ShapeDtypeS
         jax.ShapeDtypeStruct((slots, h_kv, -(-rows // 16) * 16, reference.D_V), jnp.float32),  # whole fragments
         jax.ShapeDtypeStruct((slots, h_kv, rows, 2), jnp.float32),  # reference maxima and sums
     ]
+
+
+def constant_plan(b: int, length: int, parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Lengths, metadata and num_splits for b sequences of one length; None where the planner's kernel is to make them.
+
+    The kernels read lengths and num_splits of shape (0,) as "all are as long as their list" and "none is split". XLA
+    fills an array of equal numbers, and a vector of numbers at equal distances, by a kernel of its own before every
+    call: so these have no elements, and num_splits is a matrix [1, b + 1].
+    """
+    if not (isinstance(b, int) and isinstance(length, int) and isinstance(parts, int) and 1 <= b <= MAX_CONSTANT_PLAN):
+        return None
+    metadata, num_splits = reference.equal_plan(b, length, parts)
+    nothing = np.zeros(0, np.int32)
+    return nothing, metadata, num_splits[None] if num_splits[-1] else nothing
 
 
 def shapes(cache_seqlens, *, parts, batch_invariant):

@@ -1,5 +1,7 @@
 """Sparse MLA prefill: every query token attends to the slots of a pool that its own list of each KV head names."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from .. import reference
 from .._primitive import define
 from ..kvcache.rows import join_pools
-from .schedule import MAX_SEQUENCES, num_parts, schedule, workspaces
+from .schedule import MAX_SEQUENCES, constant_plan, num_parts, schedule, workspaces
 
 TARGET = "jax_flashmla.sparse_prefill.v1"
 
@@ -27,24 +29,28 @@ def cuda(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
     _, h_kv, topk = indices.shape
     group = h_q // h_kv
     lists = s_q * h_kv
-    lengths = jnp.full(lists, topk, jnp.int32)
-    if topk_length.shape[0] != 0:
-        topk_length = jnp.broadcast_to(topk_length[:, None], (s_q, h_kv)).reshape(lists)
-        lengths = jnp.clip(topk_length, 0, topk)
-    if isinstance(lists, int):
+    plans, chunk = 1, lists
+    if isinstance(lists, int):  # else symbolic under jax.export: one plan, or too many sequences at run time
         plans = -(-s_q // max(1, MAX_SEQUENCES // h_kv))
         chunk = -(-s_q // plans) * h_kv  # whole tokens
-        lengths = jnp.pad(lengths, (0, plans * chunk - lists))
-    else:  # symbolic under jax.export: one plan, or too many sequences at run time
-        plans, chunk = 1, lists
-    lengths = lengths.reshape(plans, chunk)
     parts = num_parts(chunk, group, 1)
-    metadata, num_splits = schedule(lengths, parts=parts, batch_invariant=False)
+    plan: tuple[Any, ...]
+    constant = constant_plan(lists, topk, parts) if topk_length.shape[0] == 0 else None
+    if constant is not None:
+        plan = constant[0], constant[1][None], constant[2]
+    else:
+        lengths = jnp.full(lists, topk, jnp.int32)
+        if topk_length.shape[0] != 0:
+            topk_length = jnp.broadcast_to(topk_length[:, None], (s_q, h_kv)).reshape(lists)
+            lengths = jnp.clip(topk_length, 0, topk)
+        if isinstance(lists, int):
+            lengths = jnp.pad(lengths, (0, plans * chunk - lists))
+        lengths = lengths.reshape(plans, chunk)
+        plan = lengths, *schedule(lengths, parts=parts, batch_invariant=False)
     room = workspaces(chunk, group, 1, parts)
     room.append(jax.ShapeDtypeStruct((room[0].shape[0], group), jnp.float32))  # the largest scores
     call = jax.ffi.ffi_call(TARGET, shapes(q, softmax_scale=softmax_scale) + room)
-    operands = q, pool, indices, topk_length, attn_sink, lengths, metadata, num_splits
-    return call(*operands, softmax_scale=np.float32(softmax_scale))[:3]
+    return call(q, pool, indices, topk_length, attn_sink, *plan, softmax_scale=np.float32(softmax_scale))[:3]
 
 
 def batch(bind, size, operands, mapped):

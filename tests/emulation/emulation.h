@@ -270,6 +270,7 @@ inline int __reduce_add_sync(unsigned, int x) {
     return sum;
   });
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __reduce_or_sync(unsigned, unsigned x) {
   return emulation::together(x, [](auto of) {
     unsigned any = 0;

@@ -37,6 +37,11 @@ void copy_async(uint32_t to, const void* p, bool there) {
   if (there) gather_into<16, kAlign>(v, p);
   store_shared(to, v);
 }
+inline void copy_bulk(uint32_t to, const void* p, uint32_t bytes, Barrier& bar) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 || to % 16 || bytes % 16) std::fprintf(stderr, "copy_bulk: something is no multiple of 16\n"), std::abort();
+  std::memcpy(emulation::shared_memory + to, p, bytes);
+  barrier_complete(bar, bytes);
+}
 inline void wait_for_copies() {}
 inline void barrier_arrive_behind_copies(Barrier& bar) { barrier_arrive(bar); }
 // Reads what it points to, so that an address out of bounds shows.

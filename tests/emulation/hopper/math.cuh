@@ -3,6 +3,8 @@
 
 namespace jax_flashmla {
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal_fast(float x) { return 1.f / x; }
 inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   return uint32_t(to_bfloat16(to_float(uint16_t(a)) * to_float(uint16_t(b))).bits) |
          uint32_t(to_bfloat16(to_float(uint16_t(a >> 16)) * to_float(uint16_t(b >> 16))).bits) << 16;
