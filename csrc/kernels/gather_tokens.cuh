@@ -158,8 +158,8 @@ class CopyRows {
 };
 
 // Rows of fp8. Their codes are copied as they are into the half of a slot that is let go of first, and become bfloat16 from there. A warp's sixteen tokens, 512
-// bytes each, fill a sub-tile of that half. 128 columns of bfloat16 fill two sub-tiles of all warps: first those of the other half, then, when no warp has codes
-// in shared memory any more, those of this one.
+// bytes each, fill a sub-tile of that half. 128 columns of bfloat16 fill two sub-tiles of all warps: first those of the other half, then, when no warp has
+// codes in shared memory any more, those of this one.
 template <class Tr, KVFormat kFormat, int kAlign>
 class ConvertRows {
   using R = Fp8Layout<kFormat>;
@@ -187,10 +187,10 @@ class ConvertRows {
     const uint32_t valid = __reduce_or_sync(~0u, (row_[0] ? 1u << place(lane / 4) : 0u) | (row_[1] ? 256u << place(lane / 4) : 0u));
     barrier_wait(smem_.k_empty[slot][slot], phase);
     copy(slot, valid);
-    if (lane == 0) reinterpret_cast<uint16_t*>(&smem_.valid[slot])[warp_] = uint16_t(valid);
     const Fp8Scales scales[2] = {scales_of(scales_[0]), scales_of(scales_[1])};
     const bool exact = __all_sync(~0u, scales[0].exact && scales[1].exact);
     const uint32_t multipliers[2] = {exact ? scales[0].multipliers : scales_[0], exact ? scales[1].multipliers : scales_[1]};
+    if (lane == 0) reinterpret_cast<uint16_t*>(&smem_.valid[slot])[warp_] = uint16_t(valid);
     next(cursor);
     if (!Tr::kPrefill || p_.prefetch) prefetch();
     if (kBulk) barrier_wait(smem_.k_staged[warp_], staged_), staged_ ^= 1;
@@ -264,9 +264,14 @@ class ConvertRows {
     return R::kTile == 64 ? Fp8Scales::of_e8m0(scale & 0xFF, scale >> 8) : Fp8Scales::of_float(scale);
   }
 
-  // Copies the block. Codes of tokens that are not there stay what they were: some finite numbers, times a scale of nearly zero, which nobody looks at.
+  // Copies the block: rope first, because asking for codes, one token after the other, takes a thousand clocks. Codes of tokens that are not there stay what
+  // they were: finite numbers, which nobody looks at.
   __device__ __forceinline__ void copy(int slot, uint32_t valid) const {
     const int lane = lane_again();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int chunk = lane & 3; chunk < 8; chunk += 4) copy_async<kAlign>(to(lane, slot, kRopeTile, i, chunk), row_[i] + R::kRope + 16 * chunk, row_[i]);
     if constexpr (kBulk) {
       if (lane == 0) barrier_expect(smem_.k_staged[warp_], __popc(valid) * R::kLatent);
       const int i = lane & 1;
@@ -276,10 +281,6 @@ class ConvertRows {
       for (int i = 0; i < 2; ++i)
         for (int o = 16 * (lane & 3); o < R::kLatent; o += 64) copy_async<kAlign>(staged(lane, slot, i) + o, row_[i] + o, row_[i]);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int chunk = lane & 3; chunk < 8; chunk += 4) copy_async<kAlign>(to(lane, slot, kRopeTile, i, chunk), row_[i] + R::kRope + 16 * chunk, row_[i]);
   }
 
   // kExact: one multiplication by a multiplier does it; else `scales` are as in the cache.
