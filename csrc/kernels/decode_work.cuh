@@ -98,8 +98,8 @@ Status encode_map(CUtensorMap& map, const void* base, const cuuint64_t (&size)[k
   return err == CUDA_SUCCESS ? nullptr : "decode: the CUDA driver refused a tensor map of q or k_cache";
 }
 
-// The map of q: [sequence and token, KV head, sub-tile, row of the head, 64] in boxes of some rows, or with one KV head [sequence, 1, sub-tile, row, 64] in boxes
-// of the tile's rows and kTiles sub-tiles, one behind the other as in shared memory.
+// The map of q: [sequence and token, KV head, sub-tile, row of the head, 64] in boxes of some rows, or with one KV head [sequence, 1, sub-tile, row, 64] in
+// boxes of the tile's rows and kTiles sub-tiles, one behind the other as in shared memory.
 template <int kTiles, class T>
 Status encode_q_map(CUtensorMap& q_map, const DecodeParams& p) {
   const bool one = p.h_kv == 1;

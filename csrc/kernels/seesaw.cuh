@@ -73,8 +73,8 @@ struct alignas(1024) Storage {
   typename Tr::Valid valid[2];                   // of the block in a slot
   Walk walk[4];
   Part part;
-  Work work;                                    // the piece whose Q is in shared memory
-  int row_index[Tr::kGathered ? 1 : kRowTile];  // Cta::index_of, which divides
+  Work work;                                                                          // the piece whose Q is in shared memory
+  int row_index[Tr::kGathered ? 1 : kRowTile];                                        // Cta::index_of, which divides
   Barrier k_full[2][Tr::kFullBarriers], k_empty[2][2], k_staged[4], q_full, q_empty;  // k_staged: of a gathering warp, where rows are converted
 };
 static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && sizeof(Storage<Traits<__half, 576, Keys::kCopied, true>>) <= 232448 &&
@@ -370,7 +370,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     for (int r = 0; r < 2; ++r) {
       const int own = index(r);
       const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
-      const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
+      const bool any = total != 0.f;                      // a row without a key: output 0, lse -inf; NaN goes through
       const float lse = reference[r] + log2_fast(total);  // base 2
       inverse[r] = any ? reciprocal_fast(total) : 0.f;
       if (kSparse<Params> && any && own >= 0) inverse[r] *= sink_factor(p, seq, own, lse);  // one token, so a row is a head
