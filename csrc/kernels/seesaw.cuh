@@ -33,8 +33,8 @@ namespace jax_flashmla::seesaw {
 constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
 
 // How keys come. kPaged: the tokens of a sequence in order, by TMA; rows see them up to some length, and a bit tells for 16 of them whether their page is
-// there. Else gathered one by one, and each has a bit that tells whether it is there; rows of those that are not hold zeros. kCopied: half of a slot at once.
-// kConverted: from fp8, 128 columns at once, by threads that need registers.
+// there. Else gathered one by one, and each has a bit that tells whether it is there; rows of those that are not hold finite numbers. kCopied: half of a slot
+// at once. kConverted: from fp8, 128 columns at once, by threads that need registers.
 enum class Keys { kPaged, kCopied, kConverted };
 
 // kPrefill: rows also tell their largest score, and keys come from one list alone.
