@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from .__main__ import leave_source_tree
-from .kvcache import FORMATS, num_pages_that_fit
 
 if TYPE_CHECKING:
     from .nn import DeepseekForCausalLM, Engine, Request
@@ -39,13 +38,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-invariant", action="store_true", help="bits do not depend on the other prompts")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--implementation", choices=("cuda", "xla"), help="insist on one path")
+    parser.add_argument(
+        "--kv-format", choices=("fp8_v32",), help="of the cache of a model with sparse attention (rows of --dtype)"
+    )
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--num-pages", type=int, help="in the cache (what the prompts need, or what fits)")
     return parser.parse_args(argv)
 
 
 def random_model(args: argparse.Namespace) -> DeepseekForCausalLM:
-    """V2-Lite with everything small but the rows of the cache; a token is a byte."""
+    """V2-Lite with everything small but the rows of the cache; a token is a byte. Sparse for a format of its own."""
     from flax import nnx
 
     from .nn import DeepseekConfig, DeepseekForCausalLM
@@ -60,6 +62,8 @@ def random_model(args: argparse.Namespace) -> DeepseekForCausalLM:
         n_routed_experts=8,
         moe_intermediate_size=64,
     )
+    if args.kv_format is not None:
+        config = dataclasses.replace(config, q_lora_rank=64, index_topk=16, index_n_heads=4)
     options = {"dtype": jnp.dtype(args.dtype), "implementation": args.implementation}
     return DeepseekForCausalLM(config, **options, rngs=nnx.Rngs(0))
 
@@ -157,9 +161,8 @@ def make_engine(model: DeepseekForCausalLM, prompts: list[list[int]], args: argp
         # One more for each: the engine admits a request when all that run have a page in reserve.
         num_pages = sum(-(-n // args.page_size) + 1 for n in rows[: args.batch])
         try:
-            fit = num_pages_that_fit("bf16", 1, page_size=args.page_size) * FORMATS["bf16"].page_bytes(args.page_size)
-            page = jax.tree.leaves(jax.eval_shape(lambda: model.init_caches(1, page_size=args.page_size)))
-            num_pages = max(min(num_pages, fit // sum(pool.size * pool.dtype.itemsize for pool in page)), 1)
+            fit = model.num_pages_that_fit(page_size=args.page_size, format=args.kv_format)
+            num_pages = max(min(num_pages, fit), 1)
         except RuntimeError:
             pass  # the device does not tell how much memory it has
     # Few shapes: this is a short run, and each is a program to compile.
@@ -171,6 +174,7 @@ def make_engine(model: DeepseekForCausalLM, prompts: list[list[int]], args: argp
         max_seq_len=rows[0],
         batch_sizes=[min(args.batch, len(prompts))],
         chunk_sizes=[size for smaller, size in itertools.pairwise((0, *CHUNKS)) if smaller < longest],
+        format=args.kv_format,
         eos_token_ids=eos_token_ids(args.model),
         batch_invariant=args.batch_invariant,
     )
@@ -206,7 +210,7 @@ def summary(engine: Engine) -> Iterator[str]:
 
 
 def generate(args: argparse.Namespace) -> None:
-    from .nn import DeepseekForCausalLM
+    from .nn import DeepseekConfig, DeepseekForCausalLM
 
     text = Text(args.model)
     prompts = read_prompts(args, text)
@@ -214,6 +218,12 @@ def generate(args: argparse.Namespace) -> None:
         print("no --model: a tiny random one, whose tokens are bytes and mean nothing", file=sys.stderr)
         model = random_model(args)
     else:
+        config = read_json(args.model / "config.json")  # before the weights, which take minutes
+        if args.kv_format and config and DeepseekConfig.from_hf(config).index_topk is None:
+            raise ValueError(
+                f"--kv-format must be left out for a model with dense attention, got {args.kv_format!r} for "
+                f"{args.model}; the kernel for dense attention reads no fp8"
+            )
         options = {"dtype": jnp.dtype(args.dtype), "implementation": args.implementation}
         model = DeepseekForCausalLM.from_pretrained(args.model, **options)
     engine = make_engine(model, prompts, args)

@@ -34,6 +34,7 @@ CONFIG = dataclasses.replace(
     num_experts_per_tok=2,
     moe_intermediate_size=16,
 )
+SPARSE_CONFIG = dataclasses.replace(CONFIG, q_lora_rank=24, index_topk=4, index_n_heads=4, num_hidden_layers=1)
 # Two pools in all: another number of pages is another shape, and has programs of its own to compile.
 SMALL = {"page_size": PAGE, "batch_sizes": (1, 3), "chunk_sizes": (8, 32), "max_seq_len": 80}
 
@@ -55,8 +56,19 @@ def model():
 @functools.cache
 def sparse_model():
     """Two pools per layer. Four tokens are picked, of up to 80."""
-    config = dataclasses.replace(CONFIG, q_lora_rank=24, index_topk=4, index_n_heads=4, num_hidden_layers=1)
-    return DeepseekForCausalLM(config, dtype=jnp.float32, rngs=nnx.Rngs(3))
+    return DeepseekForCausalLM(SPARSE_CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(3))
+
+
+CACHES = {"dense": (model, None), "sparse": (sparse_model, None), "fp8_v32": (sparse_model, "fp8_v32")}
+every_cache = pytest.mark.parametrize("caches", CACHES)
+plain_and_fp8 = pytest.mark.parametrize("caches", ["dense", "fp8_v32"])
+
+
+def invariant_engine(caches="dense", num_pages=7, **options):
+    made, format = CACHES[caches]
+    e = Engine(made(), num_pages=num_pages, batch_invariant=True, format=format, **SMALL, **options)
+    assert {str(pool.dtype) for pool in jax.tree.leaves(e.caches)} == {"float32", *(["uint8"] if format else [])}
+    return e
 
 
 def hash_of_bits(logits, seeds, positions, temperature, top_p):
@@ -101,9 +113,9 @@ def drive(e, *, limit=2000):
     raise AssertionError(f"{len(e.running)} running and {len(e.waiting)} waiting after {limit} steps")
 
 
-def alone(prompt, max_new_tokens, model=model):
+def alone(prompt, max_new_tokens, caches="dense"):
     """The same request with nobody beside it."""
-    e = Engine(model(), num_pages=7, batch_invariant=True, **SMALL)
+    e = invariant_engine(caches)
     request = e.submit(prompt, max_new_tokens=max_new_tokens)
     drive(e)
     return request.tokens
@@ -126,8 +138,8 @@ def workload(seed):
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(num_pages=st.sampled_from([5, 7]), share=st.booleans(), seed=st.integers(0, 2**16))
-def run_workload(num_pages, share, seed):
-    e = Engine(model(), num_pages=num_pages, batch_invariant=True, share_prefixes=share, **SMALL)
+def run_workload(caches, num_pages, share, seed):
+    e = invariant_engine(caches, num_pages, share_prefixes=share)
     plan = workload(seed)
     requests, cancel_at, now = [], collections.defaultdict(list), 0
 
@@ -150,7 +162,7 @@ def run_workload(num_pages, share, seed):
         assert now < 2000
     assert e.pages.num_free == num_pages
     for request, (_, prompt, max_new_tokens, _) in zip(requests, plan, strict=True):
-        assert request.tokens == alone(prompt, max_new_tokens)[: len(request.tokens)]
+        assert request.tokens == alone(prompt, max_new_tokens, caches)[: len(request.tokens)]
         assert request.finish_reason == "cancelled" or len(request.tokens) == max_new_tokens
     seen.update(
         preempted=e.stats.preemptions > 0,
@@ -162,31 +174,35 @@ def run_workload(num_pages, share, seed):
 seen = collections.Counter()
 
 
-def test_batched_output_is_one_by_one_output_bit_for_bit(probed):
+@plain_and_fp8
+def test_batched_output_is_one_by_one_output_bit_for_bit(probed, caches):
     """Whatever runs beside a request, whenever it comes, however few pages there are, whoever is cancelled."""
     seen.clear()
-    run_workload()
+    run_workload(caches)
     assert min(seen[what] for what in ("preempted", "shared", "cancelled")) >= 2, seen
 
 
-def test_a_bit_in_the_cache_changes_the_tokens(probed):
+@every_cache
+def test_a_bit_in_the_cache_changes_the_tokens(probed, caches):
     """That equal tokens mean equal bits is what the other tests stand on."""
     tokens = []
     for change in (False, True):
-        e = Engine(model(), num_pages=7, batch_invariant=True, **SMALL)
-        request = e.submit([1, 2, 3, 4], max_new_tokens=8)
+        e = invariant_engine(caches)
+        request = e.submit([1, 2, 3], max_new_tokens=8)  # the next step sees four tokens, and so picks all of them
         e.step()
         if change:
-            row = e.caches[0][e.pages.pages(request._sequence)[0], 1, 0]
-            flipped = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(row, jnp.uint32) ^ 8, jnp.float32)
-            e.caches = (e.caches[0].at[e.pages.pages(request._sequence)[0], 1, 0].set(flipped), *e.caches[1:])
+            pools, structure = jax.tree.flatten(e.caches)
+            at = e.pages.pages(request._sequence)[0], 1, 0
+            bits = jax.lax.bitcast_convert_type(pools[0][at], {1: jnp.uint8, 4: jnp.uint32}[pools[0].itemsize])
+            pools[0] = pools[0].at[at].set(jax.lax.bitcast_convert_type(bits ^ bits.dtype.type(8), pools[0].dtype))
+            e.caches = jax.tree.unflatten(structure, pools)
         drive(e)
         tokens.append(request.tokens)
     assert tokens[0][0] == tokens[1][0] and tokens[0] != tokens[1]
 
 
 def test_admission_waits_for_pages(probed):
-    e = Engine(model(), num_pages=5, batch_invariant=True, **SMALL)
+    e = invariant_engine(num_pages=5)
     prompts = [[i + 1] * (PAGE + 4) for i in range(4)]  # two pages each, and one in reserve for whoever runs
     requests = [e.submit(prompt, max_new_tokens=6) for prompt in prompts]
     e.step()
@@ -198,19 +214,21 @@ def test_admission_waits_for_pages(probed):
     assert [request.tokens for request in requests] == [alone(prompt, 6) for prompt in prompts]
 
 
-def test_the_youngest_is_preempted_and_comes_back(probed):
-    e = Engine(model(), num_pages=5, batch_invariant=True, **SMALL)
+@plain_and_fp8
+def test_the_youngest_is_preempted_and_comes_back(probed, caches):
+    e = invariant_engine(caches, num_pages=5)
     prompts = [[5, 6, 7], [8, 9], [10]]
     requests = [e.submit(prompt, max_new_tokens=38) for prompt in prompts]  # 3 pages each in the end
     drive(e)
     assert requests[0].preemptions == 0 and requests[2].preemptions > 0
     assert e.stats.preemptions == sum(request.preemptions for request in requests)
-    assert [request.tokens for request in requests] == [alone(prompt, 38) for prompt in prompts]
+    assert [request.tokens for request in requests] == [alone(prompt, 38, caches) for prompt in prompts]
 
 
 @pytest.mark.parametrize("common", [2 * PAGE, 2 * PAGE + 5])
-def test_a_prefix_is_shared_by_page(probed, common):
-    e = Engine(model(), num_pages=7, batch_invariant=True, **SMALL)
+@plain_and_fp8
+def test_a_prefix_is_shared_by_page(probed, caches, common):
+    e = invariant_engine(caches)
     text = list(range(common))
     first, second = e.submit([*text, 50, 51, 52], max_new_tokens=9), e.submit([*text, 40], max_new_tokens=9)
     while second._sequence is None:
@@ -220,29 +238,31 @@ def test_a_prefix_is_shared_by_page(probed, common):
     assert mine[:2] == others[:2] and set(mine[2:]).isdisjoint(others[2:])
     e.cancel(first)  # what is shared stays with the other
     drive(e)
-    assert second.tokens == alone([*text, 40], 9)
-    assert first.tokens == alone([*text, 50, 51, 52], 9)[: len(first.tokens)]
+    assert second.tokens == alone([*text, 40], 9, caches)
+    assert first.tokens == alone([*text, 50, 51, 52], 9, caches)[: len(first.tokens)]
 
-    apart = Engine(model(), num_pages=7, batch_invariant=True, share_prefixes=False, **SMALL)
+    apart = invariant_engine(caches, share_prefixes=False)
     requests = [apart.submit([*text, 40], max_new_tokens=9) for _ in range(2)]
     drive(apart)
     assert apart.stats.shared_tokens == 0 and requests[0].tokens == requests[1].tokens == second.tokens
 
 
-def test_sparse_attention(probed):
+@pytest.mark.parametrize("caches", ["sparse", "fp8_v32"])
+def test_sparse_attention(probed, caches):
     """Pages are shared, copied and taken away, those of the indexer with them; bits are those of one by one."""
-    e = Engine(sparse_model(), num_pages=7, batch_invariant=True, **SMALL)
+    e = invariant_engine(caches)
     text = [i % 7 for i in range(PAGE + 5)]  # ends inside a page
     prompts = [[*text, 50, 51], [*text, 40], [3]]
     requests = [e.submit(prompt, max_new_tokens=n) for prompt, n in zip(prompts, (50, 40, 38))]
     drive(e)
     assert requests[1].shared_tokens == len(text) and e.stats.preemptions
-    expected = [alone(r.prompt, r.max_new_tokens, sparse_model) for r in requests]
+    expected = [alone(r.prompt, r.max_new_tokens, caches) for r in requests]
     assert [request.tokens for request in requests] == expected
 
 
-def test_cancellation(probed):
-    e = Engine(model(), num_pages=7, batch_invariant=True, **SMALL)
+@plain_and_fp8
+def test_cancellation(probed, caches):
+    e = invariant_engine(caches)
     requests = [e.submit([i, i + 1], max_new_tokens=10) for i in range(5)]  # three places
     e.step()
     running, waiting = requests[1], requests[4]
@@ -254,7 +274,7 @@ def test_cancellation(probed):
     e.cancel(running)
     e.cancel(requests[0])  # done, so nothing happens
     assert [request.finish_reason for request in requests] == ["length", "cancelled", "length", "length", "cancelled"]
-    assert [requests[i].tokens for i in (0, 2, 3)] == [alone([i, i + 1], 10) for i in (0, 2, 3)]
+    assert [requests[i].tokens for i in (0, 2, 3)] == [alone([i, i + 1], 10, caches) for i in (0, 2, 3)]
 
     first, second = e.submit([1], max_new_tokens=3), e.submit([2], max_new_tokens=3)
     got = []
@@ -328,7 +348,7 @@ def test_the_end_of_a_request():
 
 def test_draws_depend_on_the_seed_and_not_on_the_neighbours():
     def tokens(seeds):
-        e = Engine(model(), num_pages=7, batch_invariant=True, **SMALL)
+        e = invariant_engine()
         requests = [e.submit([4, 2], max_new_tokens=12, temperature=1.5, top_p=0.95, seed=seed) for seed in seeds]
         drive(e)
         return [request.tokens for request in requests]
@@ -369,6 +389,7 @@ def test_caches_are_donated():
         ({"chunk_sizes": (32, 8)}, r"chunk_sizes must be ascending numbers, one at least, got \(32, 8\)"),
         ({"max_seq_len": 0}, "max_seq_len must be at least 1"),
         ({"eos_token_ids": [-1]}, "eos_token_ids must be at least 0, got -1"),
+        ({"format": "fp8_v32"}, "format must be None for a model without index_topk, got 'fp8_v32'; dense attention"),
         ({"batch_invariant": 1}, "batch_invariant must be True or False"),
         ({"batch_invariant": True, "batch_sizes": (5000,)}, "batch_invariant needs b <= 4095"),
     ],

@@ -14,7 +14,7 @@ import pytest
 nnx = pytest.importorskip("flax.nnx")
 
 from jax_flashmla import generate  # noqa: E402
-from jax_flashmla.nn import DeepseekForCausalLM  # noqa: E402
+from jax_flashmla.nn import DeepseekForCausalLM, deepseek  # noqa: E402
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
 SHORT = ["--dtype", "float32", "--max-new-tokens", "6", "--page-size", "16"]
@@ -135,6 +135,7 @@ def test_seeds_are_repeatable_and_a_batch_counts_them_on(checkpoint, tmp_path, c
         (["--tokens", "good.txt", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["--tokens", "good.txt", "--num-pages", "1"], "(num_pages), got 3 and 64"),
         (["--tokens", "good.txt", "--top-p", "2"], "top_p must be a number over 0 and up to 1, got 2.0"),
+        (["--tokens", "good.txt", "--kv-format", "fp8_v32"], "--kv-format must be left out for a model with dense"),
     ],
 )
 def test_errors(checkpoint, tmp_path, monkeypatch, capsys, options, message):
@@ -146,26 +147,40 @@ def test_errors(checkpoint, tmp_path, monkeypatch, capsys, options, message):
     assert out == "" and err.splitlines()[-1].startswith("error: ") and message in err
 
 
-def test_sparse_attention(tmp_path, monkeypatch, capsys):
-    """Two pools per layer, of 576 and 128 numbers a token, and both count where the device has little room."""
+@pytest.fixture(scope="module")
+def sparse_checkpoint(tmp_path_factory):
     config = nn_checkpoints.SPARSE_CONFIGS["v32_mscales"]  # one layer
-    directory = nn_checkpoints.save(tmp_path / "v32", config, nn_checkpoints.weights(config))
+    return nn_checkpoints.save(tmp_path_factory.mktemp("checkpoints") / "v32", config, nn_checkpoints.weights(config))
+
+
+@pytest.mark.parametrize("format, token_bytes", [(None, (576 + 128) * 4), ("fp8_v32", 656 + 128 * 4)])
+def test_sparse_attention(format, token_bytes, sparse_checkpoint, tmp_path, monkeypatch, capsys):
+    """Two pools per layer, of 576 and 128 numbers a token, and both count where the device has little room."""
     prompt = [i % 7 for i in range(40)]  # 45 rows in the end: 3 pages of 16, and one in reserve
     file = tmp_path / "prompts.txt"
     file.write_text(" ".join(map(str, prompt)))
-    room = 3 * 16 * (576 + 128) * 4
-    monkeypatch.setattr(generate, "num_pages_that_fit", lambda *_, page_size: -(-room // (page_size * 576 * 2)))
+    monkeypatch.setattr(deepseek, "free_bytes", lambda device, fraction: 4 * 16 * token_bytes - 1)
     engines, summary = [], generate.summary
     monkeypatch.setattr(generate, "summary", lambda engine: engines.append(engine) or summary(engine))
-    assert generate.main(["--model", str(directory), "--tokens", str(file), *SHORT]) == 0
+    of_format = [] if format is None else ["--kv-format", format]
+    assert generate.main(["--model", str(sparse_checkpoint), "--tokens", str(file), *SHORT, *of_format]) == 0
     out, err = capsys.readouterr()
     assert engines[0].pages.num_pages == 3 and "cpu" in err
+    assert engines[0].caches[0].kv.dtype == (jnp.float32 if format is None else jnp.uint8)
 
-    model = DeepseekForCausalLM.from_pretrained(directory, dtype=jnp.float32, progress=False)
+    model = DeepseekForCausalLM.from_pretrained(sparse_checkpoint, dtype=jnp.float32, progress=False)
     text = jnp.array([prompt + numbers(out)])
-    logits = np.asarray(nnx.jit(DeepseekForCausalLM.mha)(model, text))[0, len(prompt) - 1 : -1]
+    caches, table, length = model.init_caches(3, page_size=16, format=format), jnp.arange(3)[None], jnp.array([46])
+    step = nnx.jit(DeepseekForCausalLM.__call__)
+    logits = np.asarray(step(model, text, caches, table, length)[0])[0, len(prompt) - 1 : -1]
     chosen = np.take_along_axis(logits, np.array(numbers(out))[:, None], axis=1)[:, 0]
     np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)  # near ties may go either way in float32
+
+
+def test_a_random_model_has_what_the_format_needs(capsys):
+    assert generate.main([*SHORT, "--kv-format", "fp8_v32"]) == 0
+    out, err = capsys.readouterr()
+    assert len(numbers(out)) == 6 and "tiny random one" in err
 
 
 def test_no_checkpoint_in_the_directory(tmp_path, capsys):

@@ -28,6 +28,7 @@ from jax_flashmla.nn import (  # noqa: E402
     RopeConfig,
     SparseCache,
     SparseMLAAttention,
+    deepseek,
     mla,
     sparse,
 )
@@ -169,6 +170,19 @@ def test_fp8_cache_is_a_cache_of_rounded_rows(load, monkeypatch):
     monkeypatch.setattr(MLAAttention, "_rows", rounded)
     assert np.abs(logits - decode(model, steps, fresh_step())).max() < TOLERANCE
     assert np.isfinite(logits).all() and difference(logits, "v32") > 100 * TOLERANCE  # loud weights, and other picks
+
+
+def test_pages_that_fit(load, monkeypatch):
+    """Both pools of all layers."""
+    model, rooms = load("v32"), iter([10**6])
+    with pytest.raises(RuntimeError, match="device must tell how much memory it has"):
+        model.num_pages_that_fit()
+    with pytest.raises(ValueError, match="fraction must be a number over 0 and up to 1, got 2"):
+        model.num_pages_that_fit(2)
+    seen = []
+    monkeypatch.setattr(deepseek, "free_bytes", lambda device, fraction: seen.append(fraction) or next(rooms))
+    assert model.num_pages_that_fit(0.5, page_size=16, format="fp8_v32") == 10**6 // (2 * 16 * (656 + 4 * 128))
+    assert seen == [0.5]
 
 
 # --- the selection matters, and every mistake breaks parity ---

@@ -158,6 +158,8 @@ def num_pages_that_fit(
 ) -> int:
     """How many pages a cache may have per layer, so that the device's memory is filled to a fraction.
 
+    `nn.DeepseekForCausalLM.num_pages_that_fit` knows the caches of a model, also where a layer has two.
+
     Load the weights first: what is in use when this is called counts towards the fraction.
 
     Args:
@@ -187,12 +189,15 @@ def num_pages_that_fit(
     fmt = arguments.kv_format(format, head_dim, padded)
     num_layers = checks.integer("num_layers", num_layers, minimum=1)
     page_size = checks.integer("page_size", page_size, minimum=1)
+    room = free_bytes(jax.local_devices()[0] if device is None else device, fraction)
+    return room // (fmt.page_bytes(page_size, padded=padded) * num_layers)
+
+
+def free_bytes(device: Any, fraction: float) -> int:
+    """What is left of a fraction of the device's memory."""
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise ValueError(f"fraction must be a number over 0 and up to 1, got {fraction!r}")
-    device = jax.local_devices()[0] if device is None else device
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         raise RuntimeError(f"device must tell how much memory it has, and {device} does not; choose num_pages yourself")
-    room = int(fraction * stats["bytes_limit"]) - stats.get("bytes_in_use", 0)
-    page_bytes = fmt.page_bytes(page_size, padded=padded)
-    return max(room, 0) // (page_bytes * num_layers)
+    return max(int(fraction * stats["bytes_limit"]) - stats.get("bytes_in_use", 0), 0)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .. import api
+from ..kvcache.pages import free_bytes
 from ..sharding import MLAMesh
 from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, linear, not_empty, plan, precision
 from .placement import on_mesh, parameter_sharding, place
@@ -458,9 +459,37 @@ class DeepseekForCausalLM(nnx.Module):
           ValueError: a format that the attention does not read.
         """
         if self.config.index_topk is None and format is not None:
-            raise ValueError(f"format must be None for a model without index_topk, got {format!r}")
+            raise ValueError(
+                f"format must be None for a model without index_topk, got {format!r}; dense attention reads no fp8"
+            )
         options: dict[str, Any] = {} if format is None else {"format": format}
         return tuple(layer.self_attn.init_cache(num_pages, page_size=page_size, **options) for layer in self.layers)
+
+    def num_pages_that_fit(self, fraction: float = 0.9, *, page_size: int = 64, format: str | None = None) -> int:
+        """How many pages `init_caches` may be asked for, so that the devices' memory is filled to a fraction.
+
+        Counts all pools of all layers, those of an indexer too. What is in use when this is called counts towards the
+        fraction.
+
+        Args:
+          fraction: of the memory that JAX may use on a device, over 0 and up to 1. A step needs some besides.
+          page_size, format: as of `init_caches`.
+
+        Returns:
+          Pages, 0 when none fits; on a mesh, those of all devices.
+
+        Raises:
+          TypeError, ValueError: a fraction out of range, or as of `init_caches`.
+          RuntimeError: the devices do not tell how much memory they have, as CPUs do not.
+
+        Example:
+          >>> caches = model.init_caches(model.num_pages_that_fit(format="fp8_v32"), format="fp8_v32")  # doctest: +SKIP
+        """
+        pools = 1 if self.mesh is None else self.mesh.size("pages")
+        page = jax.eval_shape(lambda: self.init_caches(pools, page_size=page_size, format=format))
+        page_bytes = sum(pool.size * pool.dtype.itemsize for pool in jax.tree.leaves(page)) // pools
+        devices = self.embed_tokens.embedding[...].sharding.addressable_devices
+        return pools * (min(free_bytes(device, fraction) for device in devices) // page_bytes)
 
     @on_mesh("x", "k_cache")
     def __call__(

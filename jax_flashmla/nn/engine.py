@@ -130,13 +130,14 @@ class Engine:
     Args:
       model: a `DeepseekForCausalLM`, on one device, or on a mesh whose axes divide heads and nothing else: sequences
         share one pool of pages. Its parameters are read here, once.
-      num_pages: pages in the pool, per layer.
+      num_pages: pages in the pool, per layer; `DeepseekForCausalLM.num_pages_that_fit` tells how many there may be.
       page_size: tokens in a page: 16, 32, 64 (fastest), 128 or 256.
       max_seq_len: the most tokens of a request, prompt and output; None is what the pool holds. It bounds the widths
         of block tables, and so the number of programs.
       batch_sizes: how many places a decode step may have, ascending. The last one is how many requests run at once.
       chunk_sizes: how many tokens of a prompt a prefill step may take, ascending. The last one bounds the whole step:
         several short prompts go together.
+      format: of the caches, as of `DeepseekForCausalLM.init_caches`: None, or "fp8_v32" where attention is sparse.
       eos_token_ids: tokens that end a request.
       batch_invariant: the logits of a request do not depend on the others, bit for bit: one shape for all prefill
         steps and one for all decode steps, the largest of each, and plans with `batch_invariant=True`. Sparse
@@ -151,7 +152,7 @@ class Engine:
       stats: a `Stats`.
 
     Raises:
-      TypeError, ValueError: an argument has the wrong type or value.
+      TypeError, ValueError: an argument has the wrong type or value, or the attention does not read the format.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp
@@ -178,6 +179,7 @@ class Engine:
         max_seq_len: int | None = None,
         batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
         chunk_sizes: Sequence[int] = (32, 128, 512),
+        format: str | None = None,
         eos_token_ids: Iterable[int] = (),
         batch_invariant: bool = False,
         share_prefixes: bool = True,
@@ -209,7 +211,7 @@ class Engine:
         graphdef, params = nnx.split(model)
         self._params, structure = jax.tree.flatten(params)
         self._prefill, self._decode, self._copy = _programs(graphdef, structure, self.batch_invariant)
-        self.caches: Caches = model.init_caches(num_pages, page_size=page_size)
+        self.caches: Caches = model.init_caches(num_pages, page_size=page_size, format=format)
         self.running: list[Request] = []
         self.waiting: collections.deque[Request] = collections.deque()
         self.stats = Stats()
