@@ -270,10 +270,10 @@ class MLAMesh:
         """
         rows = checks.integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, minimum=1)
         checks.array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
-        self._divides("batch", "cache_seqlens", "b", cache_seqlens.shape[0])
+        self.divides("batch", "cache_seqlens", cache_seqlens.shape[0])
         s_q = checks.integer("s_q", s_q, minimum=1)
         if self.heads != self.context:
-            self._divides("heads", "num_q_tokens_per_head_k", "s_q * h_q // h_kv", rows)
+            self.divides("heads", "num_q_tokens_per_head_k", rows, letter="s_q * h_q // h_kv")
             rows //= self.size("heads")
         if self.context is not None and page_size is None:
             raise ValueError("page_size must be the pool's where a context axis divides sequences, got None")
@@ -350,8 +350,8 @@ class MLAMesh:
         else:
             page_size = page_size_of(cache.shape, arguments.kv_cache("cache", cache, format).token_bytes)
         arguments.block_table(block_table, page_size, b=b)
-        self._divides("batch", "latent", "b", b)
-        self._divides("pages", "cache", _LETTERS["pages"], cache.shape[0])
+        self.divides("batch", "latent", b)
+        self.divides("pages", "cache", cache.shape[0])
 
         def append(cache, latent, rope, block_table, positions):
             if self.context is not None:
@@ -464,12 +464,23 @@ class MLAMesh:
             raise ValueError(f"{name} must have at least {len(roles)} axes, got shape {value.shape}; reshape it")
         for role, size in zip(roles, value.shape, strict=False):
             if role is not None:
-                self._divides(role, name, _LETTERS[role], size)
+                self.divides(role, name, size)
 
-    def _divides(self, role: str, name: str, letter: str, size: Any) -> None:
+    def divides(self, role: str, name: str, size: Any, *, letter: str | None = None) -> None:
+        """Refuses, in words, a size that the devices of a role cannot divide.
+
+        Args:
+          role: "batch", "heads" or "pages".
+          name: of the array.
+          size: of its axis; what is no int yet, as in `jax.export`, passes.
+          letter: what the axis is called, when not by its usual letter.
+
+        Raises:
+          ValueError: a remainder.
+        """
         count = self.size(role)
         if isinstance(size, int) and size % count:
-            axes = " and ".join(map(repr, self._axes(role)))
+            axes, letter = " and ".join(map(repr, self._axes(role))), letter or _LETTERS[role]
             raise ValueError(
                 f"{name} must have {letter} divisible by {count}, the devices on {axes}, got {letter} = {size}; "
                 + {"batch": "fill up with sequences of length 0", "heads": "pad the heads"}.get(role, _WHOLE_POOLS)

@@ -322,10 +322,17 @@ def test_tokens_are_those_of_the_model_without_an_engine():
 mha = jax.jit(lambda tokens: model().mha(tokens))
 
 
-def check_likeliest(prompt, generated):
+@jax.jit
+def packed(tokens):
+    """All at once through an fp8_v32 cache, on one device."""
+    caches, lengths = sparse_model().init_caches(5, page_size=PAGE, format="fp8_v32"), jnp.array([80], jnp.int32)
+    return sparse_model()(tokens, caches, jnp.arange(5, dtype=jnp.int32)[None], lengths)[0]
+
+
+def check_likeliest(prompt, generated, logits_of=mha):
     tokens = np.zeros((1, 80), np.int32)
     tokens[0, : len(prompt) + len(generated)] = prompt + generated
-    logits = np.asarray(mha(tokens))[0, len(prompt) - 1 :][: len(generated)]
+    logits = np.asarray(logits_of(tokens))[0, len(prompt) - 1 :][: len(generated)]
     # Near ties may go either way in float32; the chosen one is never further from the top than rounding.
     chosen = np.take_along_axis(logits, np.array(generated)[:, None], axis=1)[:, 0]
     np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-4)
@@ -432,17 +439,21 @@ def test_a_mesh_with_pools_of_its_devices_is_refused():
         Engine(m, num_pages=8, **SMALL)
 
 
-def test_heads_on_a_mesh():
+@plain_and_fp8
+def test_heads_on_a_mesh(caches):
     """The tokens of one device, but for near ties."""
     mesh = MLAMesh(jax.make_mesh((2,), ("model",), devices=jax.devices("cpu")[:2]), heads="model")
-    m = DeepseekForCausalLM(CONFIG, dtype=jnp.float32, mesh=mesh, rngs=nnx.Rngs(3))
-    e = Engine(m, num_pages=7, batch_invariant=True, **SMALL)
+    config, format = (CONFIG if caches == "dense" else SPARSE_CONFIG), CACHES[caches][1]
+    m = DeepseekForCausalLM(config, dtype=jnp.float32, mesh=mesh, rngs=nnx.Rngs(3))
+    e = Engine(m, num_pages=7, batch_invariant=True, format=format, **SMALL)
     text = list(range(20))
     requests = [e.submit([*text, i], max_new_tokens=20) for i in range(4)]
     drive(e)
-    assert e.stats.shared_tokens and len(e.caches[0].sharding.device_set) == 2
+    assert e.stats.shared_tokens
+    for pool in jax.tree.leaves(e.caches):
+        assert len(pool.sharding.device_set) == 2 and pool.sharding.is_fully_replicated
     for i, request in enumerate(requests):
-        check_likeliest([*text, i], request.tokens)
+        check_likeliest([*text, i], request.tokens, mha if caches == "dense" else packed)
 
 
 def test_a_request_larger_than_the_pool_is_refused():

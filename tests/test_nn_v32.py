@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import nn_checkpoints
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 nnx = pytest.importorskip("flax.nnx")
 
-from test_nn import count_parameters  # noqa: E402
+from test_nn import MESH_KINDS, count_parameters, mesh_of, parts  # noqa: E402
+from test_sharding import COLLECTIVE  # noqa: E402
 
 from jax_flashmla import flash_mla_with_kvcache, kvcache  # noqa: E402
 from jax_flashmla.nn import (  # noqa: E402
@@ -32,7 +33,6 @@ from jax_flashmla.nn import (  # noqa: E402
     mla,
     sparse,
 )
-from jax_flashmla.sharding import MLAMesh  # noqa: E402
 
 EXPECTED = np.load(Path(__file__).parent / "nn_logits_v32.npz")
 CONFIGS = nn_checkpoints.SPARSE_CONFIGS
@@ -53,14 +53,17 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory):
-    """A float32 model; each checkpoint is written and read once."""
+    """A float32 model; each checkpoint is read once, and once for every mesh."""
     root = tmp_path_factory.mktemp("checkpoints")
 
     @functools.cache
-    def load(name):
+    def directory(name):
         config = CONFIGS[name]
-        directory = nn_checkpoints.save(root / name, config, nn_checkpoints.weights(config), files=3)
-        return DeepseekForCausalLM.from_pretrained(directory, dtype=jnp.float32, progress=False)
+        return nn_checkpoints.save(root / name, config, nn_checkpoints.weights(config), files=3)
+
+    @functools.cache
+    def load(name, mesh=None):
+        return DeepseekForCausalLM.from_pretrained(directory(name), dtype=jnp.float32, mesh=mesh, progress=False)
 
     return load
 
@@ -173,8 +176,8 @@ def test_fp8_cache_is_a_cache_of_rounded_rows(load, monkeypatch):
 
 
 def test_pages_that_fit(load, monkeypatch):
-    """Both pools of all layers."""
-    model, rooms = load("v32"), iter([10**6])
+    """Both pools of all layers; on a mesh, what every device has room for, of all devices with a pool of their own."""
+    model, rooms = load("v32"), iter([10**6, 2 * 10**6, 10**6])
     with pytest.raises(RuntimeError, match="device must tell how much memory it has"):
         model.num_pages_that_fit()
     with pytest.raises(ValueError, match="fraction must be a number over 0 and up to 1, got 2"):
@@ -183,6 +186,8 @@ def test_pages_that_fit(load, monkeypatch):
     monkeypatch.setattr(deepseek, "free_bytes", lambda device, fraction: seen.append(fraction) or next(rooms))
     assert model.num_pages_that_fit(0.5, page_size=16, format="fp8_v32") == 10**6 // (2 * 16 * (656 + 4 * 128))
     assert seen == [0.5]
+    divided = load("v32", mesh_of(AxisType.Auto, {"batch": 2}))
+    assert divided.num_pages_that_fit(page_size=16) == 2 * (10**6 // (2 * 16 * 4 * (576 + 128)))
 
 
 # --- the selection matters, and every mistake breaks parity ---
@@ -556,9 +561,6 @@ def test_wrong_arguments_are_refused(layer):
     rngs = nnx.Rngs(0)
     with pytest.raises(ValueError, match="q_lora_rank must be an int, got None"):
         SparseMLAAttention(32, 3, q_lora_rank=None, rngs=rngs)
-    mesh = MLAMesh(jax.make_mesh((1,), ("model",), devices=jax.devices("cpu")[:1]), heads="model")
-    with pytest.raises(NotImplementedError, match="mesh must be None for sparse attention"):
-        SparseMLAAttention(32, 3, q_lora_rank=24, mesh=mesh, rngs=rngs)
     with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
         DSAIndexer(32, 24, topk=0, rngs=rngs)
     with pytest.raises(ValueError, match="head_dim must be at least 64, got 32"):
@@ -598,6 +600,130 @@ def test_wrong_arguments_are_refused(layer):
     dense = nnx.eval_shape(lambda: DeepseekForCausalLM(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="format must be None for a model without index_topk, got 'fp8_v32'"):
         dense.init_caches(2, format="fp8_v32")
+
+
+# --- on a mesh ---
+
+ROLES = {"heads": {"heads": 3}, "batch": {"batch": 2}, "batch_heads": {"batch": 2, "heads": 3}}
+
+
+@pytest.mark.parametrize(
+    "kind, roles, format",
+    [(kind, roles, None) for kind in (AxisType.Auto, AxisType.Explicit) for roles in ROLES]
+    + [(AxisType.Auto, "heads", "fp8_v32"), (AxisType.Explicit, "batch_heads", "fp8_v32")],
+)
+def test_model_on_a_mesh(kind, roles, format, load):
+    """A prompt and then tokens, as transformers, or as one device over packed rows: of one layer, whose rows are made
+    before any sum over devices, so that rounding to fp8 goes nowhere else."""
+    name, steps = "v32" if format is None else "v32_mscales", [38, 1, 1]
+    mesh = mesh_of(kind, ROLES[roles])
+    model, heads, pools = load(name, mesh), mesh.size("heads"), mesh.size("pages")
+    attn = model.layers[-1].self_attn
+    assert parts(attn.w_uk) == {(3 // heads, 128, 512)} and parts(attn.o_proj.kernel) == {(384 // heads, 60)}
+    assert parts(attn.indexer.wq_b.kernel) == {(24, 12 * 128)} and parts(attn.indexer.k_norm.bias) == {(128,)}
+    caches = model.init_caches(NUM_PAGES * pools, page_size=PAGE, format=format)
+    assert {p for pool in jax.tree.leaves(caches) for p in placed(pool, mesh)} == {(NUM_PAGES, PAGE, 1)}
+    caches = jax.device_put(poisoned(caches), mesh.sharding("k_cache"))
+    # Where each device has a pool, both sequences have the same page numbers.
+    table = TABLE if pools == 1 else np.array([[5, 0, 7, -1], [5, 0, 7, 2147480000]], np.int32)
+    logits, length = [], 0
+    for s in steps:
+        tokens, length = TOKENS[:, length : length + s], length + s
+        out, caches = jitted_step(model, tokens, caches, table, np.full(B, length, np.int32))
+        assert {p for pool in jax.tree.leaves(caches) for p in placed(pool, mesh)} == {(NUM_PAGES, PAGE, 1)}
+        logits.append(jax.device_get(out))
+    expected = EXPECTED[name] if format is None else decode(load(name), steps, format=format)
+    assert np.abs(np.concatenate(logits, axis=1) - expected).max() < TOLERANCE
+    assert str(caches[0].kv.dtype) == ("float32" if format is None else "uint8")
+
+
+def placed(pool, mesh):
+    """The shapes of a pool's parts, but for their width."""
+    assert pool.sharding.is_equivalent_to(mesh.sharding("k_cache"), 4)
+    return [shard.data.shape[:3] for shard in pool.addressable_shards]
+
+
+@MESH_KINDS
+@pytest.mark.parametrize("format", [None, "fp8_v32"])
+def test_layer_on_two_axes(kind, format, monkeypatch, all_optimizations):
+    """Heads and batch, each over two devices: a prompt in chunks, then tokens in a scan with the cache as carry.
+
+    The only collectives are the sums behind o_proj, and pools stay where they are.
+    """
+    monkeypatch.setattr(mla, "MAX_CHUNK", 7)
+    mesh = mesh_of(kind, {"batch": 2, "heads": 2})
+    options = {"index_topk": 9, "index_n_heads": 3, "dtype": jnp.float32}
+    alone, layer = (
+        SparseMLAAttention(32, 4, q_lora_rank=24, **options, mesh=m, rngs=nnx.Rngs(0)) for m in (None, mesh)
+    )
+    x = jax.random.normal(jax.random.key(1), (2, 20, 32))
+
+    def run(layer, table):
+        graphdef, state = nnx.split(layer)
+
+        def steps(state, x, cache, table):
+            layer = nnx.merge(graphdef, state)
+            prompt, cache = layer(x[:, :13], cache, table, jnp.full(2, 13, jnp.int32))
+
+            def step(carry, token):
+                cache, length = carry
+                y, cache = layer(token[:, None], cache, table, length + 1)
+                return (cache, length + 1), y[:, 0]
+
+            (cache, _), y = jax.lax.scan(step, (cache, jnp.full(2, 13, jnp.int32)), x[:, 13:].swapaxes(0, 1))
+            return prompt, y, cache
+
+        cache = layer.init_cache(4 * (1 if layer.mesh is None else 2), page_size=PAGE, format=format)
+        compiled = jax.jit(steps, donate_argnums=2).lower(state, x, cache, jnp.array(table, jnp.int32)).compile()
+        return compiled, jax.device_get(compiled(state, x, cache, jnp.array(table, jnp.int32)))
+
+    _, (prompt, y, cache) = run(alone, [[3, 0], [1, 2]])
+    compiled, got = run(layer, [[3, 0], [3, 0]])
+    np.testing.assert_allclose(got[0], prompt, atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(got[1], y, atol=2e-5, rtol=2e-5)
+    for pool, expected in zip(got[2], cache):  # pages 3 and 0 of either device
+        # A last bit of a product may turn a byte of fp8; a row that is not in its place is 1.5 % of the pool.
+        assert np.isclose(pool[[3, 0, 7, 4]], expected[[3, 0, 1, 2]], atol=1e-5).mean() > 0.999
+    found = {(kind, shape) for _, shape, kind in COLLECTIVE.findall(compiled.as_text())}
+    assert found == {("all-reduce", "1,13,32"), ("all-reduce", "1,1,32")}
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(pool[:4].nbytes for pool in cache)
+
+
+@MESH_KINDS
+def test_devices_that_share_sequences_pick_the_same_tokens(kind):
+    """And those of one device."""
+    mesh, (x, compressed) = mesh_of(kind, {"batch": 2, "heads": 2}), random_tokens(2, 20)
+    alone, indexer = random_indexer(topk=9), random_indexer(topk=9, mesh=mesh)
+    pick, lengths = nnx.jit(DSAIndexer.__call__), jnp.array([20, 17], jnp.int32)
+    expected, _ = pick(alone, x, compressed, alone.init_cache(4, page_size=PAGE), jnp.array([[3, 0], [1, 2]]), lengths)
+    cache = indexer.init_cache(8, page_size=PAGE)
+    picks, cache = pick(indexer, x, compressed, cache, jnp.array([[3, 0], [3, 0]]), lengths)
+    assert picks.sharding.is_equivalent_to(mesh.sharding("x"), 3) and len(picks.addressable_shards) == 4
+    for array, whole in ((picks, expected), (cache, jax.device_get(cache))):
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(whole)[shard.index])
+
+
+def test_mha_on_a_mesh(load):
+    model = load("v32", mesh_of(AxisType.Explicit, ROLES["batch_heads"]))
+    assert difference(jax.device_get(jitted_mha(model, TOKENS)), "v32") < TOLERANCE
+
+
+def test_what_a_mesh_cannot_divide_is_refused():
+    options = {"q_lora_rank": 24, "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    with pytest.raises(NotImplementedError, match=r"mesh must have no context axis .*, got context='axis of context'"):
+        SparseMLAAttention(32, 4, mesh=mesh_of(AxisType.Auto, {"context": 2}), **options)
+    with pytest.raises(ValueError, match=r"num_heads must be divisible by 3, the devices on .*, got 4; use fewer"):
+        SparseMLAAttention(32, 4, mesh=mesh_of(AxisType.Auto, {"heads": 3}), **options)
+    layer = SparseMLAAttention(32, 4, mesh=mesh_of(AxisType.Auto, {"batch": 2}), **options)
+    cache, one = layer.init_cache(4, page_size=PAGE), jnp.ones(1, jnp.int32)
+    with pytest.raises(
+        ValueError, match="x must have b divisible by 2, the devices on 'axis of batch', got b = 1; fill"
+    ):
+        layer(jnp.ones((1, 1, 32)), cache, one[None], one)
+    cache = jax.tree.map(lambda pool: np.zeros((3, *pool.shape[1:]), pool.dtype), cache)
+    with pytest.raises(ValueError, match=r"cache must have the first axis divisible by 2, .*; every device has a pool"):
+        layer(jnp.ones((2, 1, 32)), cache, jnp.ones((2, 1), jnp.int32), jnp.ones(2, jnp.int32))
 
 
 def test_examples_in_docstrings():

@@ -367,7 +367,7 @@ class DeepseekForCausalLM(nnx.Module):
       attention, implementation: as of `MLAAttention`.
       mesh: an `MLAMesh`: its axis of heads divides those of the attention and the columns of every MLP, expert and the
         head of the model, each where it can be divided; caches as it says. Tokens go through with their sequences.
-        Sparse attention takes None only.
+        Sparse attention knows no context axis.
       rngs: initialises the parameters; `from_pretrained` reads them.
 
     Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; DeepSeek-V3.2, arXiv:2512.02556; GLM-5,

@@ -14,7 +14,7 @@ from .. import api, checks
 from ..kvcache import rows as kvcache_rows
 from ..kvcache.paged import batch_slots
 from ..sharding import MLAMesh
-from .placement import on_mesh, place
+from .placement import on_mesh, place, pool_sharding
 
 D_LATENT = 512  # what the op's kernels and reference are made for
 LATENT_NORM_EPS = 1e-6  # of the two norms inside the attention, whatever rms_norm_eps the model has
@@ -283,8 +283,7 @@ class MLAAttention(nnx.Module):
 
     def init_cache(self, num_pages: int, *, page_size: int = 64) -> jax.Array:
         """Zeros of this layer's dtype, `[num_pages, page_size, 1, 576]`; on a mesh, the pages of all devices."""
-        sharding = None if self.mesh is None else self.mesh.sharding("k_cache")
-        return jnp.zeros((num_pages, page_size, 1, D_LATENT + self.d_rope), self.dtype, device=sharding)
+        return jnp.zeros((num_pages, page_size, 1, D_LATENT + self.d_rope), self.dtype, device=pool_sharding(self.mesh))
 
     @on_mesh("x", "k_cache")
     def __call__(

@@ -38,6 +38,11 @@ def parameter_sharding(path: ParamPath, shape: tuple[int, ...], mesh: MLAMesh) -
     return NamedSharding(mesh.mesh, spec)
 
 
+def pool_sharding(mesh: MLAMesh | None) -> NamedSharding | None:
+    """Of caches with the pages of all devices; None is the default device."""
+    return None if mesh is None else mesh.sharding("k_cache")
+
+
 def place(module: nnx.Module, mesh: MLAMesh) -> None:
     """Moves the parameters of a module to their places."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))

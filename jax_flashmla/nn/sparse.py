@@ -1,6 +1,7 @@
 """DeepSeek Sparse Attention: an indexer picks a few tokens for every query, and MLA attends to those alone."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .._primitive import match_varying
 from ..kvcache import arguments
 from ..kvcache.formats import FP8_DTYPES, FP8_V32
 from ..kvcache.paged import batch_slots
+from ..sharding import MLAMesh
 from .mla import (
     D_LATENT,
     MLAAttention,
@@ -26,6 +28,7 @@ from .mla import (
     write_positions,
     write_rows,
 )
+from .placement import on_mesh, place, pool_sharding
 
 D_ROPE = 64  # the columns of an indexer's query or key that are rotated: the first ones
 INDEX_NORM_EPS = 1e-6  # whatever rms_norm_eps the model has
@@ -114,10 +117,13 @@ class DSAIndexer(nnx.Module):
       rope: the `RopeConfig` of the layer, for the first 64 columns of q and k; its `interleave` is not used.
       interleave: pairs of those columns: False for half-split ones (DeepSeek-V3.2), True for neighbours (GLM-5).
       dtype: of parameters, activations and cache. The projection to w is float32 always, as in transformers.
+      mesh: an `MLAMesh`: every device scores its sequences, whose keys are in its own pool. Parameters and the heads of
+        the indexer are whole on each, so devices that share sequences pick the same tokens. None: one device.
       rngs: initialises the parameters.
 
     Raises:
       TypeError, ValueError: `num_heads`, `head_dim` or `topk` is no int or too small.
+      NotImplementedError: a mesh with a context axis.
 
     Source: DeepSeek-V3.2, arXiv:2512.02556, section 2.1. Norm, rotation and scales as in transformers' `deepseek_v32`.
     DeepSeek's own inference code rotates q and k by a Hadamard matrix and quantises them to fp8: exact products do not
@@ -147,8 +153,14 @@ class DSAIndexer(nnx.Module):
         rope: RopeConfig | None = None,
         interleave: bool = False,
         dtype: Any = jnp.bfloat16,
+        mesh: MLAMesh | None = None,
         rngs: nnx.Rngs,
     ):
+        if mesh is not None and mesh.context is not None:
+            raise NotImplementedError(
+                f"mesh must have no context axis for sparse attention, got context={mesh.context!r}; divide heads or "
+                "the batch"
+            )
         self.num_heads = checks.integer("num_heads", num_heads, minimum=1)
         self.head_dim = checks.integer("head_dim", head_dim, minimum=D_ROPE)
         self.topk = checks.integer("topk", topk, minimum=1)
@@ -158,11 +170,15 @@ class DSAIndexer(nnx.Module):
         self.wk = linear(hidden_size, head_dim, dtype, rngs)
         self.k_norm = LayerNorm(head_dim, INDEX_NORM_EPS, param_dtype=dtype)
         self.weights_proj = linear(hidden_size, num_heads, jnp.float32, rngs)
+        self.mesh = mesh
+        if mesh is not None:
+            place(self, mesh)
 
     def init_cache(self, num_pages: int, *, page_size: int = 64) -> jax.Array:
-        """Zeros of this indexer's dtype, `[num_pages, page_size, 1, head_dim]`."""
-        return jnp.zeros((num_pages, page_size, 1, self.head_dim), self.dtype)
+        """Zeros of this indexer's dtype, `[num_pages, page_size, 1, head_dim]`; on a mesh, the pages of all devices."""
+        return jnp.zeros((num_pages, page_size, 1, self.head_dim), self.dtype, device=pool_sharding(self.mesh))
 
+    @on_mesh("x", "k_cache")
     def __call__(
         self,
         x: jax.Array,
@@ -191,18 +207,17 @@ class DSAIndexer(nnx.Module):
           `kvcache.topk_to_slots` makes the `indices` of `flash_mla_with_kvcache` of them.
 
         Raises:
-          TypeError, ValueError: an argument has the wrong type, dtype or shape.
+          TypeError, ValueError: an argument has the wrong type, dtype or shape, or cannot be divided.
         """
         self._check(x, compressed, cache, block_table, cache_seqlens)
         positions = token_positions(cache_seqlens, x.shape[1])
-        cache = write_rows(cache, self.keys(x, positions), block_table, write_positions(positions, num_new))
-        # Picks are integers, and have no gradient.
-        q, weights, keys = map(jax.lax.stop_gradient, (*self.queries(x, compressed, positions), cache))
-
-        def pick(q: jax.Array, weights: jax.Array, positions: jax.Array) -> jax.Array:
-            return self._pick(q, weights, positions, keys, block_table)
-
-        return by_chunks(pick, q, weights, positions), cache
+        written = write_positions(positions, num_new)
+        operands = *self.queries(x, compressed, positions), self.keys(x, positions), positions, written, block_table
+        if self.mesh is None:
+            return self._write_and_pick(cache, *operands)
+        pool, rows = self.mesh.sharding("k_cache").spec, self.mesh.sharding("x").spec
+        body = self.mesh.shard_map(self._write_and_pick, (pool, *[rows] * len(operands)), (rows, pool))
+        return body(cache, *operands)
 
     def queries(self, x: jax.Array, compressed: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q `[b, s, num_heads, head_dim]` and the weights of the heads, float32 `[b, s, num_heads]`."""
@@ -234,10 +249,33 @@ class DSAIndexer(nnx.Module):
         arguments.block_table(block_table, cache.shape[1], b=b)
         checks.array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
         checks.shape("cache_seqlens", cache_seqlens, (b,), axes="b", remedy="give one length per sequence of x")
+        if self.mesh is not None:
+            self.mesh.divides("batch", "x", b)
+            self.mesh.divides("pages", "cache", cache.shape[0])
 
     def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         rotary, plain = jnp.split(x, [D_ROPE], axis=-1)
         return jnp.concatenate([self.rope.rotate(rotary, positions), plain], axis=-1)
+
+    def _write_and_pick(
+        self,
+        cache: jax.Array,
+        q: jax.Array,
+        weights: jax.Array,
+        keys: jax.Array,
+        positions: jax.Array,
+        written: jax.Array,
+        block_table: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What a device does with its own sequences and its own pool."""
+        cache = write_rows(cache, keys, block_table, written)
+        # Picks are integers, and have no gradient.
+        q, weights, pool = map(jax.lax.stop_gradient, (q, weights, cache))
+
+        def pick(q: jax.Array, weights: jax.Array, positions: jax.Array) -> jax.Array:
+            return self._pick(q, weights, positions, pool, block_table)
+
+        return by_chunks(pick, q, weights, positions), cache
 
     def _pick(
         self, q: jax.Array, weights: jax.Array, positions: jax.Array, cache: jax.Array, block_table: jax.Array
@@ -286,11 +324,14 @@ class SparseMLAAttention(MLAAttention):
       q_lora_rank: width of the compressed query, which the indexer reads too; not None.
       index_topk, index_n_heads, index_head_dim: `topk`, `num_heads` and `head_dim` of the indexer.
       index_rope_interleave: its `interleave`.
-      options: the other arguments of `MLAAttention`, but for a mesh.
+      mesh: an `MLAMesh` that divides heads, sequences, or both: attention as in `MLAAttention`, picks as in
+        `DSAIndexer`, and both pools of the cache as it says. None: one device.
+      options: the other arguments of `MLAAttention`.
 
     Raises:
-      TypeError, ValueError: a width that the op or the indexer does not have, or no compressed query.
-      NotImplementedError: a mesh.
+      TypeError, ValueError: a width that the op or the indexer does not have, or no compressed query; heads that cannot
+        be divided.
+      NotImplementedError: a mesh with a context axis.
 
     Source: DeepSeek-V3.2, arXiv:2512.02556, section 2.1.
 
@@ -319,26 +360,22 @@ class SparseMLAAttention(MLAAttention):
         index_rope_interleave: bool = False,
         rope: RopeConfig | None = None,
         dtype: Any = jnp.bfloat16,
+        mesh: MLAMesh | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
         if q_lora_rank is None:
             raise ValueError("q_lora_rank must be an int, got None; the indexer reads the compressed query")
-        if options.get("mesh") is not None:
-            raise NotImplementedError(
-                "mesh must be None for sparse attention in this version; run each copy of the model on one device"
-            )
-        super().__init__(hidden_size, num_heads, q_lora_rank=q_lora_rank, rope=rope, dtype=dtype, rngs=rngs, **options)
+        shared: dict[str, Any] = {"rope": rope, "dtype": dtype, "mesh": mesh, "rngs": rngs}
+        super().__init__(hidden_size, num_heads, q_lora_rank=q_lora_rank, **shared, **options)
         self.indexer = DSAIndexer(
             hidden_size,
             q_lora_rank,
             num_heads=index_n_heads,
             head_dim=index_head_dim,
             topk=index_topk,
-            rope=rope,
             interleave=index_rope_interleave,
-            dtype=dtype,
-            rngs=rngs,
+            **shared,
         )
 
     def init_cache(  # type: ignore[override]
@@ -347,7 +384,7 @@ class SparseMLAAttention(MLAAttention):
         """Zeros for `num_pages` pages.
 
         Args:
-          num_pages: pages, the same for keys and for those of the indexer.
+          num_pages: pages, the same for keys and for those of the indexer; on a mesh, those of all devices.
           page_size: tokens in a page.
           format: of the keys: None for rows of this layer's dtype, or "fp8_v32" for 656 bytes a token. The keys of the
             indexer are of the layer's dtype always.
@@ -365,8 +402,10 @@ class SparseMLAAttention(MLAAttention):
             raise ValueError(f"format must be None, which is rows of {self.dtype}, or 'fp8_v32', got {format!r}")
         if self.dtype == jnp.float16:
             raise ValueError("format must be None for a float16 layer, got 'fp8_v32'; make the layer in bfloat16")
-        return SparseCache(kvcache.init_kv_cache(num_pages, format, page_size=page_size), index_keys)
+        shape = FP8_V32.pool_shape(num_pages, page_size)
+        return SparseCache(jnp.zeros(shape, FP8_V32.dtype, device=pool_sharding(self.mesh)), index_keys)
 
+    @on_mesh("x", "k_cache")
     def __call__(
         self,
         x: jax.Array,
@@ -389,17 +428,24 @@ class SparseMLAAttention(MLAAttention):
           y `[b, s, hidden_size]` and the cache.
 
         Raises:
-          TypeError, ValueError: the cache is not from `init_cache`, or an argument has the wrong dtype or shape.
+          TypeError, ValueError: the cache is not from `init_cache`, or an argument has the wrong dtype or shape, or
+            cannot be divided.
         """
         self._check_cache(cache)
         compressed = self._compressed(x)
         picks, index_keys = self.indexer(x, compressed, cache.index_keys, block_table, cache_seqlens, num_new=num_new)
         positions = token_positions(cache_seqlens, x.shape[1])
         kv = self._write(cache.kv, self._rows(x, positions), block_table, write_positions(positions, num_new))
-        indices = kvcache.topk_to_slots(picks, block_table, cache_seqlens, page_size=kv.shape[1])
+        slots: Callable[..., jax.Array] = functools.partial(kvcache.topk_to_slots, page_size=kv.shape[1])
+        attention = self.attention
+        if self.mesh is not None:
+            rows = self.mesh.sharding("x").spec
+            slots = self.mesh.shard_map(slots, (rows, rows, rows), rows)
+            attention = self.mesh.shard(attention)
+        indices = slots(picks, block_table, cache_seqlens)
 
         def attend(q: jax.Array, indices: jax.Array) -> jax.Array:
-            return self.attention(
+            return attention(
                 q,
                 kv,
                 None,
@@ -429,11 +475,16 @@ class SparseMLAAttention(MLAAttention):
             )
 
     def _write(self, kv: jax.Array, rows: jax.Array, block_table: jax.Array, positions: jax.Array) -> jax.Array:
-        if not _is_fp8(kv):
+        format = "fp8_v32" if _is_fp8(kv) else None
+        latent, rope = jnp.split(rows, [D_LATENT], axis=-1)
+        if self.mesh is not None:
+            options = {"format": format, "implementation": self.implementation}
+            return self.mesh.append_kv_cache(kv, latent, rope, block_table, positions, **options)
+        if format is None:
             return write_rows(kv, rows, block_table, positions)
         slots = batch_slots(positions, block_table, page_size=kv.shape[1])
-        latent, rope = jnp.split(rows.reshape(slots.size, -1), [D_LATENT], axis=-1)
-        return kvcache.append_kv_cache(kv, latent, rope, slots, format="fp8_v32", implementation=self.implementation)
+        latent, rope = latent.reshape(slots.size, -1), rope.reshape(slots.size, -1)
+        return kvcache.append_kv_cache(kv, latent, rope, slots, format=format, implementation=self.implementation)
 
     def _seen(self, x: jax.Array, compressed: jax.Array, positions: jax.Array) -> jax.Array:
         """The picks among all tokens at once, for `mha`."""
