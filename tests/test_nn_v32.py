@@ -6,6 +6,7 @@
 import dataclasses
 import doctest
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -33,6 +34,8 @@ from jax_flashmla.nn import (  # noqa: E402
     mla,
     sparse,
 )
+from jax_flashmla.ops.append import TARGET as APPEND  # noqa: E402
+from jax_flashmla.ops.sparse_decode import TARGET as SPARSE_DECODE  # noqa: E402
 
 EXPECTED = np.load(Path(__file__).parent / "nn_logits_v32.npz")
 CONFIGS = nn_checkpoints.SPARSE_CONFIGS
@@ -697,11 +700,27 @@ def test_devices_that_share_sequences_pick_the_same_tokens(kind):
     pick, lengths = nnx.jit(DSAIndexer.__call__), jnp.array([20, 17], jnp.int32)
     expected, _ = pick(alone, x, compressed, alone.init_cache(4, page_size=PAGE), jnp.array([[3, 0], [1, 2]]), lengths)
     cache = indexer.init_cache(8, page_size=PAGE)
+    assert all(len(p.sharding.device_set) == 4 for p in jax.tree.leaves((nnx.state(indexer, nnx.Param), cache)))
+    # However they lie: a column of the hidden state may be anywhere.
+    x, compressed = jax.device_put((x, compressed), NamedSharding(mesh.mesh, PartitionSpec(None, None, mesh.heads)))
     picks, cache = pick(indexer, x, compressed, cache, jnp.array([[3, 0], [3, 0]]), lengths)
     assert picks.sharding.is_equivalent_to(mesh.sharding("x"), 3) and len(picks.addressable_shards) == 4
     for array, whole in ((picks, expected), (cache, jax.device_get(cache))):
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, np.asarray(whole)[shard.index])
+
+
+@MESH_KINDS
+def test_lowers_for_cuda_on_a_mesh(kind, cuda_build):
+    """The kernels of every device have its heads, its sequence and its pool."""
+    mesh = mesh_of(kind, {"batch": 2, "heads": 2})
+    layer = SparseMLAAttention(32, 16, q_lora_rank=24, index_topk=64, index_n_heads=3, mesh=mesh, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    step = jax.jit(lambda state, *args: nnx.merge(graphdef, state)(*args))
+    args = jnp.ones((2, 3, 32), jnp.bfloat16), layer.init_cache(8, format="fp8_v32"), jnp.zeros((2, 2), jnp.int32)
+    text = step.trace(state, *args, jnp.full(2, 3, jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
+    for target, operand in ((APPEND, "tensor<4x64x1x656xui8>"), (SPARSE_DECODE, "tensor<1x3x8x576xbf16>")):
+        assert re.search(rf"custom_call @{re.escape(target)}\(.*{operand}", text)
 
 
 def test_mha_on_a_mesh(load):

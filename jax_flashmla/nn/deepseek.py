@@ -370,6 +370,10 @@ class DeepseekForCausalLM(nnx.Module):
         Sparse attention knows no context axis.
       rngs: initialises the parameters; `from_pretrained` reads them.
 
+    Raises:
+      ValueError: as `MLAAttention`, or `SparseMLAAttention` where `config.index_topk` is not None.
+      NotImplementedError: sparse attention on a mesh with a context axis.
+
     Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; DeepSeek-V3.2, arXiv:2512.02556; GLM-5,
     arXiv:2602.15763.
 
@@ -433,7 +437,9 @@ class DeepseekForCausalLM(nnx.Module):
 
         Raises:
           FileNotFoundError: no config.json, or no safetensors.
-          ValueError: the configuration is not supported; tensors are missing, unknown, or of another shape.
+          ValueError: the configuration is not supported, or the mesh cannot divide it; tensors are missing, unknown, or
+            of another shape.
+          NotImplementedError: sparse attention on a mesh with a context axis.
           ImportError: `progress` without tqdm.
 
         Example:

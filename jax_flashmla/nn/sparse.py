@@ -215,6 +215,8 @@ class DSAIndexer(nnx.Module):
         operands = *self.queries(x, compressed, positions), self.keys(x, positions), positions, written, block_table
         if self.mesh is None:
             return self._write_and_pick(cache, *operands)
+        # Devices of the heads axis must pick alike. They do: each has these operands whole, and what x comes from, the
+        # sum of all their parts, has the same bits on every one.
         pool, rows = self.mesh.sharding("k_cache").spec, self.mesh.sharding("x").spec
         body = self.mesh.shard_map(self._write_and_pick, (pool, *[rows] * len(operands)), (rows, pool))
         return body(cache, *operands)
