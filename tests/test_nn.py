@@ -531,6 +531,32 @@ def test_parameters_on_a_mesh_are_those_of_one_device(load):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.parametrize("at_once", [1024, 4])  # 10 tokens in one and in three chunks
+def test_experts_are_those_that_the_router_chose(monkeypatch, at_once):
+    monkeypatch.setattr(deepseek, "MOE_TOKENS", at_once)
+    config = DeepseekConfig.from_hf(nn_checkpoints.CONFIGS["v3"])
+    moe = deepseek.MoE(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, config.hidden_size))
+    weights, experts = map(np.asarray, moe.gate(x.reshape(10, -1)))
+    unused = np.setdiff1d(np.arange(config.n_routed_experts), experts[0])[0]
+    # An expert that a token did not choose may overflow: only rows of those that chose it come out as infinity or NaN.
+    moe.gate_proj[...] = moe.gate_proj[...].at[unused].set(3e38)
+
+    def silu(y):
+        return y / (1 + np.exp(-y))
+
+    tokens, gate, up, down = (np.asarray(y, np.float64) for y in (x, moe.gate_proj, moe.up_proj, moe.down_proj))
+    tokens = tokens.reshape(10, -1)
+    expected = np.asarray(moe.shared_experts(x), np.float64).reshape(10, -1)
+    finite = ~(experts == unused).any(axis=1)
+    assert finite[0] and finite.sum() < 10
+    for t in np.flatnonzero(finite):
+        for weight, e in zip(weights[t], experts[t], strict=True):
+            expected[t] += weight * ((silu(tokens[t] @ gate[e]) * (tokens[t] @ up[e])) @ down[e])
+    # 60 terms in float32 of numbers about 1.
+    np.testing.assert_allclose(moe(x).reshape(10, -1)[finite], expected[finite], atol=1e-5, rtol=1e-5)
+
+
 def test_experts_are_divided(load):
     """16 columns over 2 devices, for both sequences at once; three heads stay whole on every device."""
     config = dataclasses.replace(DeepseekConfig.from_hf(nn_checkpoints.CONFIGS["v3"]), num_attention_heads=2)

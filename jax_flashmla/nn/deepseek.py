@@ -18,6 +18,7 @@ from .placement import on_mesh, parameter_sharding, place
 from .sparse import SparseCache, SparseMLAAttention
 
 Caches = tuple[jax.Array | SparseCache, ...]
+MOE_TOKENS = 1024  # go through the experts at once: what they become inside of all experts is large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +268,7 @@ class Router(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Routed experts as one grouped matrix product per projection, and shared experts as one MLP. Drops no token."""
+    """Routed experts as one matrix product per projection, and shared experts as one MLP. Drops no token."""
 
     def __init__(self, config: DeepseekConfig, *, dtype: Any, mesh: MLAMesh | None = None, rngs: nnx.Rngs):
         self.mesh = mesh
@@ -297,19 +298,34 @@ class MoE(nnx.Module):
 
 
 def _routed(x, weights, experts, gate_proj, up_proj, down_proj, *, axis: str | None = None) -> jax.Array:
-    """Every token through its experts; with the mesh axis over which their columns are divided, summed over it."""
-    k = experts.shape[-1]
-    tokens, weights, experts = x.reshape(-1, x.shape[-1]), weights.reshape(-1, k), experts.reshape(-1)
-    order = jnp.argsort(experts)  # stable: pairs (token, expert), those of one expert together
-    sizes = jnp.bincount(experts, length=gate_proj.shape[0]).astype(jnp.int32)
+    """Every token through its experts; with the mesh axis over which their columns are divided, summed over it.
 
-    def grouped(rows: jax.Array, kernels: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(rows, kernels, sizes, precision=precision(rows.dtype))
+    All tokens go through all experts, and those that a token did not choose count nothing. A decode step waits for the
+    parameters of nearly all experts in any case. `jax.lax.ragged_dot`, which XLA makes of masks on a GPU, computes
+    num_experts_per_tok times as much.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    t, e = tokens.shape[0], gate_proj.shape[0]
+    chosen = jnp.arange(t)[:, None], experts.reshape(t, -1)
+    shares = jnp.zeros((t, e), jnp.float32).at[chosen].add(weights.reshape(t, -1))
 
-    rows = tokens[order // k]
-    rows = grouped(jax.nn.silu(grouped(rows, gate_proj)) * grouped(rows, up_proj), down_proj)
-    rows = rows[jnp.argsort(order)].reshape(-1, k, x.shape[-1]).astype(jnp.float32)
-    routed = (rows * weights[:, :, None]).sum(axis=1)  # a fixed order of summation
+    def through_all(tokens: jax.Array, shares: jax.Array) -> jax.Array:
+        einsum = functools.partial(jnp.einsum, precision=precision(x.dtype))
+        inner = jax.nn.silu(einsum("td,edf->etf", tokens, gate_proj)) * einsum("td,edf->etf", tokens, up_proj)
+        share = shares.T[:, :, None]
+        # Infinity times 0 would be NaN.
+        inner = jnp.where(share == 0, 0, inner.astype(jnp.float32) * share).astype(x.dtype)
+        return einsum("etf,efd->td", inner, down_proj, preferred_element_type=jnp.float32)
+
+    chunks = -(-t // MOE_TOKENS)
+    if chunks == 1:
+        routed = through_all(tokens, shares)
+    else:
+
+        def cut(y: jax.Array) -> jax.Array:
+            return jnp.pad(y, ((0, -t % chunks), (0, 0))).reshape(chunks, -1, y.shape[-1])
+
+        routed = jax.lax.map(lambda some: through_all(*some), (cut(tokens), cut(shares))).reshape(-1, x.shape[-1])[:t]
     if axis is not None:
         routed = jax.lax.psum(routed, axis)
     return routed.astype(x.dtype).reshape(x.shape)
