@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 namespace jax_flashmla {
 
 // The sum over this lane and those below.
@@ -14,6 +16,13 @@ __device__ __forceinline__ T warp_scan(T value) {
     if (lane >= d) value += other;
   }
   return value;
+}
+
+// True in one lane. Behind it the compiler knows that there is one, and asks the copy engine without a loop over lanes. PTX ISA: "elect.sync".
+__device__ __forceinline__ bool elect() {
+  uint32_t one;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(one));
+  return one != 0;
 }
 
 }  // namespace jax_flashmla

@@ -18,6 +18,8 @@ namespace jax_flashmla {
 struct Work {
   int seq, len, begin, end;
   int slot;  // of the partial result; -1: the sequence is not split, write the output itself
+
+  __device__ int blocks() const { return max(end - begin, 0); }
 };
 
 // The part of the schedule of this CTA. Metadata come from the device and may be anything: no sequence outside of [0, b) survives.

@@ -1,8 +1,9 @@
 // The producers of the sparse kernels: they fill the K slots of the seesaw with the tokens that a list of indices names.
 //
 // A query token is a sequence of the schedule: its keys are the blocks of 64 of its list, then those of its second list. A warp brings 16 of a block's 64
-// tokens by cp.async: CopyRows those that are as they will be, ConvertRows fp8, which become bfloat16 in the slot. Entries are fetched two blocks ahead,
-// scales and the way of rows to L2 begin a block ahead, across the ends of blocks and sequences. Registers are short, so what can be had again is not kept.
+// tokens: CopyRows those that are as they will be, by cp.async; ConvertRows fp8, which become bfloat16 in the slot, and for which it tells the compute warps
+// what to ask the copy engine for. Entries are fetched two blocks ahead, scales and the way of rows to L2 begin a block ahead, across the ends of blocks and
+// sequences. Registers are short, so what can be had again is not kept.
 // docs/kernels/sparse_decode.md, docs/kernels/sparse_prefill.md.
 #pragma once
 
@@ -18,7 +19,9 @@
 
 namespace jax_flashmla::seesaw {
 
-constexpr Keys keys_of(KVFormat format) { return format == KVFormat::kPlain ? Keys::kCopied : Keys::kConverted; }
+constexpr Keys keys_of(KVFormat format, int align = 16) {
+  return format == KVFormat::kPlain ? Keys::kCopied : align == 16 ? Keys::kConverted : Keys::kUnaligned;
+}
 
 constexpr int kListAhead = 2 * kBlockTokens;  // entries
 
@@ -27,46 +30,65 @@ struct Entries {
   int index[2], source;
 };
 
-// A warp's walk over the blocks of a part, from sequence to sequence. In shared memory, because registers are short.
+// A warp's walk over the blocks of a part, from list to list and from sequence to sequence. A step within a list takes four instructions; what the next list
+// needs is in shared memory, because registers are short.
 template <class Tr>
-struct Cursor {
-  const Cta& cta;
-  const SparseDecodeParams& p;
-  Walk& at;
-
-  __device__ __forceinline__ void start() { settle({cta.part.begin_seq - 1, 0, 0, {0, 0}}); }
-  __device__ __forceinline__ void advance() {
-    Walk walk = at;
-    ++walk.block;
-    settle(walk);
+class Cursor {
+ public:
+  // Of lanes that fetch entries `row` and `row` + 8 of a block.
+  __device__ __forceinline__ Cursor(const Cta& cta, const SparseDecodeParams& p, Walk& at, int row) : cta_(cta), p_(p), at_(at), row_(row) {
+    if (lane_again() == 0) at = {cta.part.begin_seq - 1, 0, 0, {0, 0}};
+    __syncwarp();
+    enter();
   }
 
-  __device__ __forceinline__ Entries fetch(int row) const {
-    const Walk walk = at;
-    const int first_blocks = (walk.entries[0] + kBlockTokens - 1) / kBlockTokens;
-    const int source = !Tr::kPrefill && walk.block >= first_blocks && walk.block < walk.end;
-    const int position = (walk.block - (source ? first_blocks : 0)) * kBlockTokens + row;
-    const int entries = walk.block >= walk.end ? 0 : source ? walk.entries[1] : walk.entries[0];
-    const int* list = (source ? p.sources[1].indices : p.sources[0].indices) + int64_t(walk.seq) * (source ? p.sources[1].topk : p.sources[0].topk) + position;
-    if (row % 32 == 0 && position + kListAhead < entries) prefetch_l2(list + kListAhead);
-    return {{int(gather_word<4>(list, position < entries, ~0u)), int(gather_word<4>(list + 8, position + 8 < entries, ~0u))}, source};
+  __device__ __forceinline__ Entries fetch() const {
+    if (row_ % 32 == 0 && left_ > kListAhead) prefetch_l2(list_ + kListAhead);
+    return {{int(gather_word<4>(list_, left_ > 0, ~0u)), int(gather_word<4>(list_ + 8, left_ > 8, ~0u))}, source_};
+  }
+
+  __device__ __forceinline__ void advance() {
+    if (--blocks_ == 0)
+      enter();
+    else
+      list_ += kBlockTokens, left_ -= kBlockTokens;
   }
 
  private:
-  __device__ __forceinline__ void settle(Walk walk) {
-    while (walk.block >= walk.end && walk.seq < cta.last_seq()) {
-      const Work w = cta.work(++walk.seq);
+  // Goes on to the next list of this or of a later sequence. Behind the last one there are blocks without entries.
+  __device__ __forceinline__ void enter() {
+    Walk walk = at_;
+    while (walk.block >= walk.end && walk.seq < cta_.last_seq()) {
+      const Work w = cta_.work(++walk.seq);
       walk.block = w.begin, walk.end = w.end;
 #pragma unroll
       for (int i = 0; i < (Tr::kPrefill ? 1 : 2); ++i) {
-        const SparseSource& source = p.sources[i];
+        const SparseSource& source = p_.sources[i];
         walk.entries[i] = !source.cache ? 0 : source.topk_length ? min(max(source.topk_length[walk.seq], 0), source.topk) : source.topk;
       }
     }
+    const int first_blocks = (walk.entries[0] + kBlockTokens - 1) / kBlockTokens;
+    source_ = !Tr::kPrefill && walk.block >= first_blocks;
+    const int position = (walk.block - (source_ ? first_blocks : 0)) * kBlockTokens + row_;
+    const SparseSource& source = source_ ? p_.sources[1] : p_.sources[0];
+    list_ = source.indices + int64_t(walk.seq) * source.topk + position;
+    left_ = walk.block >= walk.end ? -(1 << 30) : (source_ ? walk.entries[1] : walk.entries[0]) - position;
+    const int end = Tr::kPrefill || source_ ? walk.end : min(walk.end, first_blocks);
+    blocks_ = walk.block >= walk.end ? 0 : end - walk.block;  // 0: for ever
+    walk.block = end;
     __syncwarp();
-    if (lane_again() == 0) at = walk;
+    if (lane_again() == 0) at_ = walk;
     __syncwarp();
   }
+
+  const Cta& cta_;
+  const SparseDecodeParams& p_;
+  Walk& at_;
+  const int row_;
+  const int* list_;  // this lane's entry of the block
+  int left_;         // entries from there on, none when negative
+  int blocks_;       // of the piece in this list, from this one on
+  int source_;
 };
 
 // Rows that are copied as they are. Eight lanes copy 128 bytes of a token, so a warp has four tokens in a copy: cp.async of whole lines, and few of them.
@@ -80,14 +102,16 @@ class CopyRows {
   // A barrier has half of a slot, of which every thread copied a part; behind the first half of a slot valid[] is there, too.
   static __device__ int arrivals(int slot, int barrier) { return kWarpgroup + (barrier == slot ? 4 : 0); }
 
+  // Whose entries a lane fetches: eight lanes have all sixteen of the warp.
+  static __device__ __forceinline__ int row(int warp, int lane) { return 16 * warp + (lane & 7); }
+
   __device__ __forceinline__ void start(Cursor<Tr>& cursor) {
-    cursor.start();
-    entries_ = cursor.fetch(row(lane_again()));
+    entries_ = cursor.fetch();
     next(cursor);
   }
 
   // Fills a slot with the block before the one that the cursor points to.
-  __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase) {
+  __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase, int) {
     if (slot == 0)
       fill<0>(cursor, phase);
     else
@@ -120,9 +144,6 @@ class CopyRows {
       if ((lane & 7) == 0 && row_[j] && (gridDim.x % 2 != 0 || j % 2 == (blockIdx.x & 1))) prefetch_l2(row_[j], kRowBytes);
   }
 
-  // Whose entries a lane fetches: eight lanes have all sixteen of the warp.
-  __device__ __forceinline__ int row(int lane) const { return 16 * warp_ + (lane & 7); }
-
   template <int kSlot, int kHalf>
   __device__ __forceinline__ void copy(const char* const (&row)[4]) const {
     const int lane = lane_again();
@@ -146,7 +167,7 @@ class CopyRows {
       row_[j] = exists(index) ? static_cast<const char*>(source.cache) + int64_t(index) * kRowBytes + 16 * (lane & 7) : nullptr;
     }
     cursor.advance();
-    entries_ = cursor.fetch(row(lane));
+    entries_ = cursor.fetch();
   }
 
   const SparseDecodeParams& p_;
@@ -157,44 +178,48 @@ class CopyRows {
   Entries entries_;     // of the next block
 };
 
-// Rows of fp8. Their codes are copied as they are into the half of a slot that is let go of first, and become bfloat16 from there. A warp's sixteen tokens, 512
+// Rows of fp8. Their codes come as they are into the half of a slot that is let go of first, and become bfloat16 from there. A warp's sixteen tokens, 512
 // bytes each, fill a sub-tile of that half. 128 columns of bfloat16 fill two sub-tiles of all warps: first those of the other half, then, when no warp has
 // codes in shared memory any more, those of this one.
 template <class Tr, KVFormat kFormat, int kAlign>
 class ConvertRows {
   using R = Fp8Layout<kFormat>;
-  using Codes = uint4[2][2];                       // of 128 columns: of two tokens and their halves, this lane's sixteen
-  static constexpr bool kBulk = kAlign == 16;      // else rows are not aligned for the copy engine
-  static constexpr int kStaged = 512;              // bytes that a token's codes have in the slot
-  static constexpr int kRopeTile = 2 * Tr::kHalf;  // where rope is copied to
-  static constexpr bool kRopeMoves = !Tr::kRope;   // and whether it goes on from there: it may be part of V
-  static_assert(kRopeTile < Tr::kSlotTiles && R::kLatent <= kStaged && 16 * kStaged == kSubTileBytes && Tr::kFullBarriers == 4);
+  using Codes = uint4[2][2];                          // of 128 columns: of two tokens and their halves, this lane's sixteen
+  static constexpr int kStaged = kSubTileBytes / 16;  // bytes that a token's codes have in the slot
+  static constexpr int kRopeTile = 2 * Tr::kHalf;     // where rope is copied to
+  static constexpr bool kRopeMoves = !Tr::kRope;      // and whether it goes on from there: it may be part of V
+  static_assert(kRopeTile < Tr::kSlotTiles && R::kLatent == Tr::kCodes && R::kLatent <= kStaged && Tr::kFullBarriers == 4);
 
  public:
   __device__ __forceinline__ ConvertRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
 
   static __device__ int arrivals(int, int) { return 4; }  // of warps
 
+  // Whose entries a lane fetches: those of its two tokens.
+  static __device__ __forceinline__ int row(int warp, int lane) { return 16 * warp + place(lane / 4); }
+
   __device__ __forceinline__ void start(Cursor<Tr>& cursor) {
-    cursor.start();
-    entries_ = cursor.fetch(row(lane_again()));
-    next(cursor);
+    entries_ = cursor.fetch();
+    next(cursor, 0);
+    tell(0);
   }
 
-  // Fills a slot with the block before the one that the cursor points to.
-  __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase) {
+  // Fills a slot with the block before the one that the cursor points to, which goes to slot `next_slot`.
+  __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase, int next_slot) {
     const int lane = lane_again();
     const uint32_t valid = __reduce_or_sync(~0u, (row_[0] ? 1u << place(lane / 4) : 0u) | (row_[1] ? 256u << place(lane / 4) : 0u));
     barrier_wait(smem_.k_empty[slot][slot], phase);
-    copy(slot, valid);
+    copy(slot);
     const Fp8Scales scales[2] = {scales_of(scales_[0]), scales_of(scales_[1])};
     const bool exact = __all_sync(~0u, scales[0].exact && scales[1].exact);
     const uint32_t multipliers[2] = {exact ? scales[0].multipliers : scales_[0], exact ? scales[1].multipliers : scales_[1]};
     if (lane == 0) reinterpret_cast<uint16_t*>(&smem_.valid[slot])[warp_] = uint16_t(valid);
-    next(cursor);
+    if (Tr::kAsked && next_slot == slot) barrier_wait(smem_.k_staged[slot][warp_], phase ^ 1);  // these rows[] have been read
+    next(cursor, next_slot);
     if (!Tr::kPrefill || p_.prefetch) prefetch();
-    if (kBulk) barrier_wait(smem_.k_staged[warp_], staged_), staged_ ^= 1;
-    if (!kBulk || kRopeMoves) wait_for_copies(), __syncwarp();
+    if (Tr::kAsked) barrier_wait(smem_.k_staged[slot][warp_], phase ^ 1);
+    tell(next_slot);  // not earlier: all CTAs start at once, and what they need first would share the memory with what they need next
+    if (!Tr::kAsked || kRopeMoves) wait_for_copies(), __syncwarp();
     barrier_wait(smem_.k_empty[slot][1 - slot], phase);
     if (exact)
       convert<true>(slot, multipliers);
@@ -208,10 +233,9 @@ class ConvertRows {
   // take the second half of 128 columns first.
   static __device__ __forceinline__ int place(int g) { return g ^ (g & 1) << 2; }  // its own inverse
   static __device__ __forceinline__ int half_of(int lane, int turn) { return turn ^ (lane >> 2 & 1); }
-  __device__ __forceinline__ int row(int lane) const { return 16 * warp_ + place(lane / 4); }
   // Where a chunk of 16 bytes of token i lies: rows of a sub-tile are 128 bytes.
   __device__ __forceinline__ uint32_t to(int lane, int slot, int t, int i, int chunk) const {
-    return smem_address(smem_.k[slot][t]) + (row(lane) + 8 * i) * 128 + ((chunk ^ place(lane / 4)) << 4);
+    return smem_address(smem_.k[slot][t]) + (row(warp_, lane) + 8 * i) * 128 + ((chunk ^ place(lane / 4)) << 4);
   }
   // Where the codes of token i are copied to.
   __device__ __forceinline__ uint32_t staged(int lane, int slot, int i) const {
@@ -234,8 +258,8 @@ class ConvertRows {
     }
   }
 
-  // Goes on to the next block: its scales start to load, and the entries of the one behind it.
-  __device__ __forceinline__ void next(Cursor<Tr>& cursor) {
+  // Goes on to the next block, which is for this slot: its scales start to load, and the entries of the one behind it.
+  __device__ __forceinline__ void next(Cursor<Tr>& cursor, int slot) {
     const int lane = lane_again();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -244,8 +268,19 @@ class ConvertRows {
       row_[i] = find(i, scales);
       scales_[i] = gather_word<kShare>(row_[i] + scales + kShare * (lane & 3), row_[i], 0);
     }
+    if constexpr (Tr::kAsked) {  // where there is no token, from anywhere: all codes are finite numbers here
+      const char* own = lane & 1 ? row_[1] : row_[0];
+      if ((lane & 2) == 0) smem_.rows[slot][row(warp_, lane) + 8 * (lane & 1)] = own ? own : p_.q;
+    }
     cursor.advance();
-    entries_ = cursor.fetch(row(lane));
+    entries_ = cursor.fetch();
+  }
+
+  // Tells the compute warps where the codes of the next block are.
+  __device__ __forceinline__ void tell(int slot) const {
+    if (!Tr::kAsked) return;
+    __syncwarp();
+    if (lane_again() == 0) barrier_arrive(smem_.k_rows[slot]);
   }
 
   // Starts the next block on its way to L2, lines of 128 bytes. The other row tile of a cluster of two brings the same tokens, so each does half of them.
@@ -264,21 +299,14 @@ class ConvertRows {
     return R::kTile == 64 ? Fp8Scales::of_e8m0(scale & 0xFF, scale >> 8) : Fp8Scales::of_float(scale);
   }
 
-  // Copies the block: rope first, because asking for codes, one token after the other, takes a thousand clocks. Codes of tokens that are not there stay what
-  // they were: finite numbers, which nobody looks at.
-  __device__ __forceinline__ void copy(int slot, uint32_t valid) const {
+  // Copies rope, and codes where nobody else does.
+  __device__ __forceinline__ void copy(int slot) const {
     const int lane = lane_again();
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int chunk = lane & 3; chunk < 8; chunk += 4) copy_async<kAlign>(to(lane, slot, kRopeTile, i, chunk), row_[i] + R::kRope + 16 * chunk, row_[i]);
-    if constexpr (kBulk) {
-      if (lane == 0) barrier_expect(smem_.k_staged[warp_], __popc(valid) * R::kLatent);
-      const int i = lane & 1;
-      if ((lane & 2) == 0 && (i ? row_[1] : row_[0])) copy_bulk(staged(lane, slot, i), i ? row_[1] : row_[0], R::kLatent, smem_.k_staged[warp_]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
+      if constexpr (!Tr::kAsked)
         for (int o = 16 * (lane & 3); o < R::kLatent; o += 64) copy_async<kAlign>(staged(lane, slot, i) + o, row_[i] + o, row_[i]);
     }
   }
@@ -340,7 +368,6 @@ class ConvertRows {
   const char* row_[2];  // of the block; nullptr where there is no token
   Entries entries_;     // of the next block
   uint32_t scales_[2];  // of the block
-  uint32_t staged_ = 0;
 };
 
 template <class Tr, class Producer>
@@ -350,8 +377,9 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const SparseDe
   if (warp == 0 && lane < 2 * kFull) barrier_init((&smem.k_full[0][0])[lane], Producer::arrivals(lane / kFull, lane % kFull));
   if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
   if (warp == 2 && lane == 0) barrier_init(smem.q_full, 1);
+  if (warp == 2 && lane < 2) barrier_init(smem.k_rows[lane], 4);
   if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
-  if (lane == 1) barrier_init(smem.k_staged[warp], 1);
+  if (lane < 2) barrier_init(smem.k_staged[lane][warp], 1);
   if (warp == 0 && lane == 0) tma_prefetch_map(q_map);
   barrier_init_fence();
   const Cta cta{p, smem.part};  // not in registers, of which there are none to spare
@@ -361,7 +389,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const SparseDe
   named_sync(kProducersReady, kWarpgroup);
   named_arrive(kStart, kThreads);
 
-  Cursor<Tr> cursor{cta, p, smem.walk[warp]};
+  Cursor<Tr> cursor(cta, p, smem.walk[warp], Producer::row(warp, lane));
   Producer gather(p, smem, warp);
   gather.start(cursor);
   uint32_t k_phases = 3, q_phase = 1;  // a bit a slot
@@ -370,13 +398,14 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const SparseDe
     if (warp == 0 && lane_again() == 0) {
       barrier_wait(smem.q_empty, q_phase);
       smem.work = w;  // published by the barrier
+      if (Tr::kAsked) smem.next_blocks = seq < cta.last_seq() ? cta.work(seq + 1).blocks() : 0;
       barrier_expect(smem.q_full, 2 * Tr::kHalf * kSubTileBytes);
       load_q<2 * Tr::kHalf>(q_map, smem.q_full, smem.q[0], cta, seq, 0);
     }
     __syncwarp();
     q_phase ^= 1;
     for (int i = 0; i < w.end - w.begin; ++i) {
-      gather.block(cursor, i & 1, k_phases >> (i & 1) & 1);
+      gather.block(cursor, i & 1, k_phases >> (i & 1) & 1, i + 1 < w.end - w.begin ? i + 1 & 1 : 0);
       k_phases ^= 1 << (i & 1);
     }
   }

@@ -23,7 +23,9 @@
 #include "attention/fragment.cuh"
 #include "attention/softmax.cuh"
 #include "hopper/barrier.cuh"
+#include "hopper/gather.cuh"
 #include "hopper/launch.cuh"
+#include "hopper/warp.cuh"
 #include "hopper/wgmma.cuh"
 #include "kernels/decode_work.cuh"
 #include "splitkv/partial.cuh"
@@ -34,18 +36,20 @@ constexpr int kThreads = 384, kComputeThreads = 256, kWarpgroup = 128;
 
 // How keys come. kPaged: the tokens of a sequence in order, by TMA; rows see them up to some length, and a bit tells for 16 of them whether their page is
 // there. Else gathered one by one, and each has a bit that tells whether it is there; rows of those that are not hold finite numbers. kCopied: half of a slot
-// at once. kConverted: from fp8, 128 columns at once, by threads that need registers.
-enum class Keys { kPaged, kCopied, kConverted };
+// at once. kConverted: from fp8, 128 columns at once, by threads that need registers; compute warps ask the copy engine for the codes. kUnaligned: the same,
+// but codes are not aligned for the copy engine, and who converts them copies them.
+enum class Keys { kPaged, kCopied, kConverted, kUnaligned };
 
 // kPrefill: rows also tell their largest score, and keys come from one list alone.
 template <class T_, int kDqk, Keys kKeys, bool kPrefill_ = false>
 struct Traits {
   using T = T_;
-  static constexpr bool kGathered = kKeys != Keys::kPaged, kConverted = kKeys == Keys::kConverted, kPrefill = kPrefill_;
+  static constexpr bool kGathered = kKeys != Keys::kPaged, kConverted = kKeys >= Keys::kConverted, kAsked = kKeys == Keys::kConverted, kPrefill = kPrefill_;
   using Valid = std::conditional_t<kGathered, uint64_t, uint32_t>;
   static constexpr int kComputeRegisters = kConverted ? 208 : 224, kProducerRegisters = kConverted ? 88 : 56;
   static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);  // what the CTA is given; asking for more waits for ever
   static constexpr bool kRope = kDqk > kDv;
+  static constexpr int kCodes = kDqk - 64;  // fp8 numbers of a token
   static constexpr int kSubTiles = kDqk / 64;
   static constexpr int kHalf = kDv / 2 / 64;                     // sub-tiles of an output half
   static constexpr int kSlotTiles = kConverted ? 9 : kSubTiles;  // rows of fp8 need one to get ready in when d_qk is 512
@@ -55,9 +59,20 @@ struct Traits {
 };
 
 constexpr int kShortPiece = 32;  // blocks, some 50 us: a last piece behind which combine is launched early
-enum NamedBarrier { kStart = 1, kProducersReady, kP0Ready, kP1Ready = kP0Ready + 2, kTurn1 = kP1Ready + 2, kRowSums, kStored, kWarpgroup0, kWarpgroup1 };
+enum NamedBarrier {
+  kStart = 1,
+  kProducersReady,
+  kP0Ready,
+  kP1Ready = kP0Ready + 2,
+  kTurn1 = kP1Ready + 2,
+  kRowSums,
+  kStored,
+  kLargestRead,
+  kWarpgroup0,
+  kWarpgroup1
+};
 
-// Where a gathering warp is in its part: a block of a sequence, and the entries of the sequence's two lists.
+// Where a gathering warp is in its part: the first block of a sequence behind the list that it is in, and the entries of the sequence's two lists.
 struct alignas(16) Walk {
   int seq, block, end, entries[2];
 };
@@ -68,14 +83,17 @@ struct alignas(1024) Storage {
   SubTile k[2][Tr::kSlotTiles];
   SubTile q[2 * Tr::kHalf];
   SubTile p[2];
-  float reference[2][64];                        // the reference maximum each warpgroup's P was taken against
-  float row_sum[2][2][Tr::kPrefill ? 128 : 64];  // [parity of the work item][warpgroup]; then largest scores
-  typename Tr::Valid valid[2];                   // of the block in a slot
+  float reference[2][64];       // the reference maximum each warpgroup's P was taken against
+  float row_sum[2][2][64];      // [parity of the work item][warpgroup]
+  typename Tr::Valid valid[2];  // of the block in a slot
   Walk walk[4];
   Part part;
-  Work work;                                                                          // the piece whose Q is in shared memory
-  int row_index[Tr::kGathered ? 1 : kRowTile];                                        // Cta::index_of, which divides
-  Barrier k_full[2][Tr::kFullBarriers], k_empty[2][2], k_staged[4], q_full, q_empty;  // k_staged: of a gathering warp, where rows are converted
+  Work work;                                    // the piece whose Q is in shared memory
+  int next_blocks;                              // of the piece behind it
+  int row_index[Tr::kGathered ? 1 : kRowTile];  // Cta::index_of, which divides
+  const void* rows[2][Tr::kAsked ? 64 : 1];     // where the codes of a slot's next block are
+  Barrier k_full[2][Tr::kFullBarriers], k_empty[2][2], q_full, q_empty;
+  Barrier k_rows[2], k_staged[2][4];  // rows[] is there; a gathering warp's codes are
 };
 static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && sizeof(Storage<Traits<__half, 576, Keys::kCopied, true>>) <= 232448 &&
                   sizeof(Storage<Traits<__half, 576, Keys::kConverted, true>>) <= 232448,
@@ -179,6 +197,24 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     __syncwarp();  // an arrival releases the arriving thread's accesses only
     if (lane == 0) barrier_arrive(bar);
   };
+  // Asks for the codes of the next block of slot s, sixteen tokens a warp, as soon as the half of the slot where they wait for their conversion is free: by
+  // this warpgroup, which is the one to know, and which has the time. A copy takes 40 clocks to ask for, and those who convert are always late.
+  uint32_t ask_phase = 0;
+  auto ask = [&](int s) {
+    if constexpr (Tr::kAsked) {
+      barrier_wait(smem.k_rows[s], ask_phase);
+      barrier_wait(smem.k_empty[s][s], ask_phase ^ 1);
+      ask_phase ^= 1;
+      if (elect()) {
+        Barrier& staged = smem.k_staged[s][warp];
+        barrier_expect(staged, 16 * Tr::kCodes);
+        const uint32_t to = smem_address(smem.k[s][Tr::kHalf * s + warp]);
+#pragma unroll 4
+        for (int i = 0; i < 16; ++i) copy_bulk(to + i * (kSubTileBytes / 16), smem.rows[s][16 * warp + i], Tr::kCodes, staged);
+      }
+      __syncwarp();
+    }
+  };
   auto rescale = [&] {
     pin(o);
     scale_rows(o, factor);
@@ -196,11 +232,13 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     return update_reference(top, scale_log2, reference, factor);
   };
 
+  if (Tr::kAsked && cta.part.begin_seq <= cta.last_seq() && cta.work(cta.part.begin_seq).blocks() > wg) ask(wg);
   if (Tr::kRope && cta.part.begin_seq <= cta.last_seq()) load_rope(q_rope, cta, cta.part.begin_seq, index(0), index(1), lane);
   for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
     barrier_wait(smem.q_full, q_phase);
     q_phase ^= 1;
     const Work w = smem.work;
+    const int next_blocks = Tr::kAsked ? smem.next_blocks : 0;
     // Combine takes an SM when it is free, and waits there for the end of this kernel: early, where launching it would show. Never before this kernel's own
     // wait: combine reads the plan at once.
     if (seq == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
@@ -284,6 +322,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       pin(o);
       arrive(smem.k_empty[0][0]);
       if constexpr (kPair) {
+        if (Tr::kAsked && block + 2 < w.end) ask(0);
         named_sync(kP1Ready, kComputeThreads);
         if (adopt_reference(Wg0{})) rescale();
         accumulate<Tr, 0, 0>(o, smem_desc(smem.p[1]), smem, 1);
@@ -332,6 +371,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         wgmma_wait<0>();
         pin(o);
         arrive(smem.k_empty[1][1]);
+        if (Tr::kAsked && block + 3 < w.end) ask(1);
       } else {
         release_q();
         wgmma_wait<0>();
@@ -352,16 +392,21 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       if (block < w.end) step1(block, std::false_type{});
     }
 
+    if (Tr::kAsked && wg == 0 && next_blocks > 0) ask(0);
     if (seq == cta.last_seq()) let_successor_start();
     // Both warpgroups hold the same reference; each summed its own blocks.
     auto& row_sum = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = quad_sum(sum[r]);
-      if (Tr::kPrefill) largest[r] = quad_max(largest[r]);
-      if ((lane & 3) == 0) {
-        row_sum[wg][tile_row[r]] = sum[r];
-        if (Tr::kPrefill) row_sum[wg][kRowTile + tile_row[r]] = largest[r];
+      if ((lane & 3) == 0) row_sum[wg][tile_row[r]] = sum[r];
+    }
+    if constexpr (Tr::kPrefill) {  // warpgroup 0 gives its largest scores where only it reads, when the last piece's have been read
+      if (wg == 0 && seq > cta.part.begin_seq) named_sync(kLargestRead, kComputeThreads);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        largest[r] = quad_max(largest[r]);
+        if (wg == 0 && (lane & 3) == 0) smem.reference[1][tile_row[r]] = largest[r];
       }
     }
     named_sync(kRowSums, kComputeThreads);
@@ -380,11 +425,12 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         else if (w.slot < p.slots)
           *partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r]) = make_float2(reference[r], total);
         if constexpr (Tr::kPrefill) {
-          const float logit = fmaxf(row_sum[0][kRowTile + tile_row[r]], row_sum[1][kRowTile + tile_row[r]]) * scale_log2 * kLn2;
+          const float logit = fmaxf(largest[r], smem.reference[1][tile_row[r]]) * scale_log2 * kLn2;
           if (w.slot < p.slots) (w.slot < 0 ? p.max_logits + int64_t(seq) * p.h_q : p.partial_max + int64_t(w.slot) * p.h_q)[own] = logit;
         }
       }
     }
+    if (Tr::kPrefill && wg == 1 && seq < cta.last_seq()) named_arrive(kLargestRead, kComputeThreads);
     if (w.slot < 0) {  // through P, which is free: both warpgroups are through with their last products
       // Storing takes a thousand clocks a warpgroup, of which warpgroup 1 has more to spare.
       if (wg == 1) named_sync(kStored, kComputeThreads);
@@ -396,6 +442,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
 #pragma unroll
       for (int i = 0; i < kRowFragments / 2; ++i) out[i * kFragmentLanes] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
     }
+    if (Tr::kAsked && wg == 1 && next_blocks > 1) ask(1);  // not earlier: its rows come behind the codes of the block before
   }
 }
 

@@ -16,10 +16,11 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_decode_kernel(const __grid
 
 template <class T, int kDqk, KVFormat kFormat>
 Status launch_sparse_decode(const SparseDecodeParams& p) {
-  using Tr = Traits<T, kDqk, keys_of(kFormat)>;
   constexpr int kLeast = kFormat == KVFormat::kFp8V4 ? 8 : 16;  // rows in pages of an odd number of v4 tokens, which end in scales, are not aligned
-  const bool aligned = (p.sources[0].page_bytes | p.sources[1].page_bytes) % 16 == 0;
-  return launch_attend<Tr>(aligned ? sparse_decode_kernel<Tr, kFormat, 16> : sparse_decode_kernel<Tr, kFormat, kLeast>, p);
+  using Aligned = Traits<T, kDqk, keys_of(kFormat)>;
+  using Other = Traits<T, kDqk, keys_of(kFormat, kLeast)>;
+  if ((p.sources[0].page_bytes | p.sources[1].page_bytes) % 16 == 0) return launch_attend<Aligned>(sparse_decode_kernel<Aligned, kFormat, 16>, p);
+  return launch_attend<Other>(sparse_decode_kernel<Other, kFormat, kLeast>, p);
 }
 
 }  // namespace jax_flashmla::sparse_decode

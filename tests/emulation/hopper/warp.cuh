@@ -12,4 +12,6 @@ T warp_scan(T value) {
   });
 }
 
+inline bool elect() { return emulation::lane() == 0; }
+
 }  // namespace jax_flashmla
