@@ -13,7 +13,7 @@ from flax import nnx
 from .. import api
 from ..kvcache.pages import free_bytes
 from ..sharding import MLAMesh
-from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, linear, not_empty, plan, precision
+from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, by_chunks, linear, not_empty, plan, precision
 from .placement import on_mesh, parameter_sharding, place
 from .sparse import SparseCache, SparseMLAAttention
 
@@ -310,22 +310,15 @@ def _routed(x, weights, experts, gate_proj, up_proj, down_proj, *, axis: str | N
     shares = jnp.zeros((t, e), jnp.float32).at[chosen].add(weights.reshape(t, -1))
 
     def through_all(tokens: jax.Array, shares: jax.Array) -> jax.Array:
+        tokens, shares = tokens[0], shares[0]
         einsum = functools.partial(jnp.einsum, precision=precision(x.dtype))
         inner = jax.nn.silu(einsum("td,edf->etf", tokens, gate_proj)) * einsum("td,edf->etf", tokens, up_proj)
         share = shares.T[:, :, None]
         # Infinity times 0 would be NaN.
         inner = jnp.where(share == 0, 0, inner.astype(jnp.float32) * share).astype(x.dtype)
-        return einsum("etf,efd->td", inner, down_proj, preferred_element_type=jnp.float32)
+        return einsum("etf,efd->td", inner, down_proj, preferred_element_type=jnp.float32)[None]
 
-    chunks = -(-t // MOE_TOKENS)
-    if chunks == 1:
-        routed = through_all(tokens, shares)
-    else:
-
-        def cut(y: jax.Array) -> jax.Array:
-            return jnp.pad(y, ((0, -t % chunks), (0, 0))).reshape(chunks, -1, y.shape[-1])
-
-        routed = jax.lax.map(lambda some: through_all(*some), (cut(tokens), cut(shares))).reshape(-1, x.shape[-1])[:t]
+    routed = by_chunks(through_all, tokens[None], shares[None], most=MOE_TOKENS)
     if axis is not None:
         routed = jax.lax.psum(routed, axis)
     return routed.astype(x.dtype).reshape(x.shape)

@@ -137,10 +137,27 @@ def not_empty(name: str, value: jax.Array, axes: str) -> None:
         raise ValueError(f"{name} must be [{axes}] and not empty, got shape {value.shape}; skip a step without tokens")
 
 
-def chunks_of(s: int) -> tuple[int, int]:
-    """Number and width of the equal chunks that s query tokens make; what is missing is padded in front."""
-    count = -(-s // MAX_CHUNK)
+def chunks_of(s: int, most: int | None = None) -> tuple[int, int]:
+    """Number and width of the equal chunks that s tokens make; what is missing is padded in front."""
+    count = -(-s // (most or MAX_CHUNK))
     return count, -(-s // count)
+
+
+def by_chunks(f: Callable[..., jax.Array], *arrays: jax.Array, most: int | None = None) -> jax.Array:
+    """f over `[b, s, ...]`, at most so many of the s tokens at a time (`MAX_CHUNK`), for long prompts take memory."""
+    b, s = arrays[0].shape[:2]
+    count, width = chunks_of(s, most)
+    if count == 1:
+        return f(*arrays)
+    spare = count * width - s
+
+    def cut(x: jax.Array) -> jax.Array:
+        # -1 is a position that sees no key, and a slot that does not exist.
+        x = jnp.pad(x, ((0, 0), (spare, 0), *[(0, 0)] * (x.ndim - 2)), constant_values=-1)
+        return x.reshape(b, count, width, *x.shape[2:]).swapaxes(0, 1)
+
+    out = jax.lax.map(lambda chunk: f(*chunk), tuple(map(cut, arrays))).swapaxes(0, 1)
+    return out.reshape(b, count * width, *out.shape[3:])[:, spare:]
 
 
 def chunk_lengths(cache_seqlens: jax.Array, s: int) -> jax.Array:

@@ -20,7 +20,7 @@ from .mla import (
     D_LATENT,
     MLAAttention,
     RopeConfig,
-    chunks_of,
+    by_chunks,
     linear,
     not_empty,
     precision,
@@ -84,23 +84,6 @@ def check_pool(name: str, pool: jax.Array, dtypes: tuple[str, ...], width: int) 
     checks.shape(name, pool, (*pool.shape[:2], 1, width), axes=axes, remedy=remedy)
     if pool.size == 0:
         raise ValueError(f"{name} must have at least one page and one token, got shape {pool.shape}; {remedy}")
-
-
-def by_chunks(f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """f over `[b, s, ...]`, at most `MAX_CHUNK` query tokens at a time: so long prompts need little memory."""
-    b, s = arrays[0].shape[:2]
-    count, width = chunks_of(s)
-    if count == 1:
-        return f(*arrays)
-    spare = count * width - s
-
-    def cut(x: jax.Array) -> jax.Array:
-        # -1 is a position that sees no key, and a slot that does not exist.
-        x = jnp.pad(x, ((0, 0), (spare, 0), *[(0, 0)] * (x.ndim - 2)), constant_values=-1)
-        return x.reshape(b, count, width, *x.shape[2:]).swapaxes(0, 1)
-
-    out = jax.lax.map(lambda chunk: f(*chunk), tuple(map(cut, arrays))).swapaxes(0, 1)
-    return out.reshape(b, count * width, *out.shape[3:])[:, spare:]
 
 
 class DSAIndexer(nnx.Module):
