@@ -204,7 +204,7 @@ def test_nvml(monkeypatch, instant_works):
 
 
 def test_chain_lengths():
-    assert protocol.chain_lengths(10e-6) == (16, 64)
+    assert protocol.chain_lengths(10e-6) == (64, 256)
     assert protocol.chain_lengths(1e-3) == (1, 4)
     for us in (10, 50, 150, 230, 400):
         short, long = protocol.chain_lengths(us * 1e-6)

@@ -1,7 +1,7 @@
 // Reads whole sequences out of a pool, one behind the other, as bfloat16 where the pool is fp8. The numbers are those of jax_flashmla/kvcache/rows.py.
 //
-// A CTA has a few consecutive rows of the result. It finds their tokens by a prefix sum over the lengths, 256 sequences at a time, that ends where its last row
-// does; then a warp moves a row, in chunks as in append.cu. One launch, and no workspace.
+// A warp has two consecutive rows of the result. It finds their tokens by a prefix sum over the lengths, 128 sequences at a time, that ends where its rows do,
+// and moves both at once, in chunks as in append.cu. One launch, no workspace, and no warp waits for another.
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
@@ -19,51 +19,65 @@ namespace jax_flashmla {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kMostRows = 32;        // of a CTA: finding tokens costs three accesses one after the other, whatever their number
-constexpr int kManyRows = 132 * 64;  // fewer are spread over the SMs, a row a warp
+constexpr int kRows = 2;  // of a warp: finding them costs two accesses one after the other, whatever their number
+
+// CTAs that share the rows of a plan.
+__host__ __device__ constexpr int ctas_of(int total) { return (total - 1) / (kWarps * kRows) + 1; }
 
 struct Token {
   int page, offset;  // page -1: none
 };
 
-// tokens[i] = the token of row first + i, for `rows` rows. All threads must call.
-__device__ void find_tokens(const GatherParams& p, int plan, int first, int rows, Token* tokens) {
-  __shared__ int64_t sums[kWarps];
-  __shared__ int ends[kThreads];  // of sequences base, base + 1, ..., cut off at total
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+// The tokens of rows first and first + 1, in all lanes. Sums stop at the number of rows: lengths are anything, and so are their sums.
+__device__ __forceinline__ void find_tokens(const GatherParams& p, int plan, int first, Token (&tokens)[kRows]) {
+  constexpr int kOwn = 4;  // sequences of a lane at once
+  const int lane = threadIdx.x & 31;
   const int* lengths = p.cache_seqlens + int64_t(plan) * p.b;
   const int64_t room = int64_t(p.max_pages) * p.pool.page_size;
+  const unsigned total = unsigned(p.total);
   const int longest = int(room < p.total ? room : p.total);
-  if (int(threadIdx.x) < rows) tokens[threadIdx.x] = {-1, 0};
-  int64_t before = 0;
+#pragma unroll
+  for (Token& token : tokens) token = {-1, 0};
+  unsigned before = 0;  // rows of the sequences below base
 #pragma unroll 1
-  for (int base = 0; base < p.b && before < first + rows; base += kThreads) {
-    const int seq = base + int(threadIdx.x);
-    const int64_t own = seq < p.b ? min(max(lengths[seq], 0), longest) : 0, inclusive = warp_scan(own);
-    if (lane == 31) sums[warp] = inclusive;
-    __syncthreads();
-    int64_t end = before + inclusive;
-    for (int w = 0; w < warp; ++w) end += sums[w];
-    ends[threadIdx.x] = int(end < p.total ? end : p.total);
-    __syncthreads();
-    const int row = first + int(threadIdx.x);
-    if (int(threadIdx.x) < rows && row >= before && row < ends[kThreads - 1]) {
-      int low = 0, high = kThreads - 1;  // the first sequence that ends behind the row
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (ends[middle] > row)
-          high = middle;
-        else
-          low = middle + 1;
-      }
-      const int position = row - (low ? ends[low - 1] : int(before)), column = position / p.pool.page_size;
-      const int page = p.block_table[(int64_t(plan) * p.b + base + low) * p.max_pages + column];
-      if (page >= 0 && page < p.pool.num_pages) tokens[threadIdx.x] = {page, position - column * p.pool.page_size};
+  for (int base = 0; base < p.b && before < unsigned(first + kRows); base += 32 * kOwn) {
+    const int seq0 = base + kOwn * lane;
+    int length[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) length[i] = seq0 + i < p.b ? lengths[seq0 + i] : 0;
+    unsigned own = 0;
+#pragma unroll
+    for (int& x : length) x = min(max(x, 0), longest), own = min(own + x, total);
+    unsigned through = own;
+    for (int d = 1; d < 32; d *= 2) {
+      const unsigned other = __shfl_up_sync(~0u, through, d);
+      if (lane >= d) through = min(through + other, total);
     }
-    before = ends[kThreads - 1];
-    __syncthreads();
+    const unsigned below = __shfl_up_sync(~0u, through, 1), start = before + (lane ? below : 0);
+    int page[kRows], offset[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const unsigned row = unsigned(first + r);
+      page[r] = -1, offset[r] = int(row - start);
+      if (row < total && row >= start && row - start < own) {
+        int seq = seq0;
+#pragma unroll
+        for (int i = 0; i < kOwn - 1; ++i)
+          if (seq == seq0 + i && offset[r] >= length[i]) offset[r] -= length[i], ++seq;
+        const int column = offset[r] / p.pool.page_size;
+        offset[r] -= column * p.pool.page_size;
+        page[r] = p.block_table[(int64_t(plan) * p.b + seq) * p.max_pages + column];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const unsigned found = __ballot_sync(~0u, page[r] >= 0 && page[r] < p.pool.num_pages);
+      const int from = max(__ffs(found) - 1, 0);
+      const Token token{__shfl_sync(~0u, page[r], from), __shfl_sync(~0u, offset[r], from)};
+      if (found) tokens[r] = token;
+    }
+    before = min(before + __shfl_sync(~0u, through, 31), total);
   }
-  __syncthreads();
 }
 
 // Eight e4m3 codes times their scale, in float32 and rounded once.
@@ -75,55 +89,77 @@ __device__ __forceinline__ uint4 dequantize_chunk(uint2 codes, float scale) {
   return make_uint4(pair(codes.x), pair(codes.x >> 16), pair(codes.y), pair(codes.y >> 16));
 }
 
+// What a lane has of a row: its chunks as they are in the pool, eight bytes of codes or sixteen of bfloat16 each, and their scales.
 template <KVFormat kFormat>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p, int rows_per_cta) {
-  __shared__ Token tokens[kMostRows];
-  wait_for_predecessor();
-  let_successor_start();
-  const int ctas = (p.total - 1) / rows_per_cta + 1, plan = int(blockIdx.x) / ctas, first = (int(blockIdx.x) - plan * ctas) * rows_per_cta;
-  const int rows = min(rows_per_cta, p.total - first);
-  find_tokens(p, plan, first, rows, tokens);
-
-  const int lane = threadIdx.x & 31, before_rope = latent_chunks<kFormat>(p.pool), chunks = before_rope + kRopeChannels / kChunk;
-#pragma unroll 1
-  for (int i = threadIdx.x / 32; i < rows; i += kWarps) {
-    const Token token = tokens[i];
-    char* out = static_cast<char*>(p.out) + (int64_t(plan) * p.total + first + i) * (16 * chunks);
-    const Row<kFormat> row(p.pool, max(token.page, 0), token.offset);
-    uint4 v[kRounds<kFormat>] = {};
-    if (token.page >= 0) {
+class RowShare {
+ public:
+  // Asks for all of it; nothing looks at what has come before store() does.
+  __device__ __forceinline__ void load(const KVPool& pool, Token token, int lane) {
+    const int before_rope = latent_chunks<kFormat>(pool), chunks = before_rope + kRopeChannels / kChunk;
+    const Row<kFormat> row(pool, max(token.page, 0), token.offset);
 #pragma unroll
-      for (int r = 0; r < kRounds<kFormat>; ++r) {
-        const int c = lane + 32 * r;
-        if constexpr (kFormat == KVFormat::kPlain) {
-          if (c < chunks) v[r] = gather16(row.data + 16 * c);
-        } else {
-          using Layout = Fp8Layout<kFormat>;
-          if (c < before_rope) {
-            const int tile = c / (Layout::kTile / kChunk);
-            const uint2 codes = gather8(row.data + 8 * c);
-            float scale;
-            if constexpr (kFormat == KVFormat::kFp8V32)
-              scale = reinterpret_cast<const float*>(row.scales)[tile];
-            else
-              scale = e8m0(static_cast<unsigned char>(row.scales[tile]));
-            v[r] = dequantize_chunk(codes, scale);
-          } else if (c < chunks) {
-            const char* from = row.data + Layout::kRope + 16 * (c - before_rope);
-            if constexpr (kFormat == KVFormat::kFp8V32) {
-              v[r] = gather16(from);
-            } else {  // pages of an odd number of tokens begin on 8 bytes
-              const uint2 low = gather8(from), high = gather8(from + 8);
-              v[r] = make_uint4(low.x, low.y, high.x, high.y);
-            }
-          }
+    for (int r = 0; r < kRounds<kFormat>; ++r) {
+      const int c = lane + 32 * r;
+      const bool there = token.page >= 0 && c < chunks, rope = c >= before_rope;
+      data_[r] = {}, scale_[r] = 0;
+      if constexpr (kFormat == KVFormat::kPlain) {
+        if (there) data_[r] = gather16(row.data + 16 * c);
+      } else {
+        using Layout = Fp8Layout<kFormat>;
+        // Rope by halves: pages of an odd number of tokens of fp8_v4 begin on 8 bytes.
+        const char* from = row.data + (rope ? Layout::kRope + 16 * (c - before_rope) : 8 * c);
+        uint2 low = {}, high = {};
+        if (there) low = gather8(from);
+        if (there && rope) high = gather8(from + 8);
+        data_[r] = make_uint4(low.x, low.y, high.x, high.y);
+        const int tile = c / (Layout::kTile / kChunk);
+        if (there && !rope) {
+          if constexpr (kFormat == KVFormat::kFp8V32)
+            scale_[r] = reinterpret_cast<const uint32_t*>(row.scales)[tile];
+          else
+            scale_[r] = reinterpret_cast<const unsigned char*>(row.scales)[tile];
         }
       }
     }
-#pragma unroll
-    for (int r = 0; r < kRounds<kFormat>; ++r)
-      if (lane + 32 * r < chunks) scatter16(out + 16 * (lane + 32 * r), v[r]);
   }
+
+  // Zeros where there was no token.
+  __device__ __forceinline__ void store(const KVPool& pool, char* out, int lane) const {
+    const int before_rope = latent_chunks<kFormat>(pool), chunks = before_rope + kRopeChannels / kChunk;
+#pragma unroll
+    for (int r = 0; r < kRounds<kFormat>; ++r) {
+      const int c = lane + 32 * r;
+      uint4 v = data_[r];
+      if constexpr (kFormat != KVFormat::kPlain) {
+        const float scale = kFormat == KVFormat::kFp8V32 ? __uint_as_float(scale_[r]) : e8m0(scale_[r]);
+        if (c < before_rope) v = dequantize_chunk(make_uint2(v.x, v.y), scale);
+      }
+      if (c < chunks) scatter16(out + 16 * c, v);
+    }
+  }
+
+ private:
+  uint4 data_[kRounds<kFormat>];
+  uint32_t scale_[kRounds<kFormat>];
+};
+
+template <KVFormat kFormat>
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p) {
+  wait_for_predecessor();
+  let_successor_start();
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), ctas = ctas_of(p.total);
+  const int plan = int(blockIdx.x) / ctas, first = ((int(blockIdx.x) - plan * ctas) * kWarps + warp) * kRows;
+  Token tokens[kRows];
+  find_tokens(p, plan, first, tokens);
+
+  const int64_t row_bytes = 2 * kChunk * (latent_chunks<kFormat>(p.pool) + kRopeChannels / kChunk);
+  char* out = static_cast<char*>(p.out) + (int64_t(plan) * p.total + first) * row_bytes;
+  RowShare<kFormat> shares[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) shares[r].load(p.pool, tokens[r], lane);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (first + r < p.total) shares[r].store(p.pool, out + r * row_bytes, lane);
 }
 
 }  // namespace
@@ -132,9 +168,7 @@ Status run_gather(const GatherParams& p) {
   const auto kernel = p.pool.format == KVFormat::kFp8V32  ? gather_kernel<KVFormat::kFp8V32>
                       : p.pool.format == KVFormat::kFp8V4 ? gather_kernel<KVFormat::kFp8V4>
                                                           : gather_kernel<KVFormat::kPlain>;
-  const int rows = int64_t(p.n) * p.total >= kManyRows ? kMostRows : kWarps;
-  const unsigned grid = unsigned(p.n) * unsigned((p.total - 1) / rows + 1);
-  if (cudaError_t err = launch(kernel, {grid, kThreads}, p.stream, p, rows)) return cudaGetErrorString(err);
+  if (cudaError_t err = launch(kernel, {unsigned(p.n) * unsigned(ctas_of(p.total)), kThreads}, p.stream, p)) return cudaGetErrorString(err);
   return nullptr;
 }
 
