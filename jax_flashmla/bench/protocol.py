@@ -115,8 +115,8 @@ def set_environment() -> None:
 def chain_lengths(seconds: float, small: bool = False, most: int = 256) -> tuple[int, int]:
     """Calls in the short and the long chain, for calls of about that long: a long chain takes a few milliseconds.
 
-    XLA captures chains of five calls and more. Calls of half a millisecond hide their launches without a graph. To start
-    a chain takes JAX some hundred microseconds, give or take a hundred: with chains of 64 calls that is 2 µs a call.
+    XLA captures chains of five calls and more. Calls of half a millisecond hide their launches without a graph. JAX
+    takes some hundred microseconds to start a chain, give or take a hundred: over 64 calls that is 2 µs a call.
     """
     if small:
         return 1, 3
