@@ -410,16 +410,18 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       }
     }
     named_sync(kRowSums, kComputeThreads);
+    // Gathered keys come in short pieces, whose ends show. There warpgroup 0 is in a hurry, because it computes the first scores of the next piece: warpgroup
+    // 1 writes lse, and stores behind it, which takes a thousand clocks each. The same costs dense decode 2 % where products are its limit.
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int own = index(r);
       const float total = row_sum[0][tile_row[r]] + row_sum[1][tile_row[r]];
-      const bool any = total != 0.f;                      // a row without a key: output 0, lse -inf; NaN goes through
-      const float lse = reference[r] + log2_fast(total);  // base 2
-      inverse[r] = any ? reciprocal_fast(total) : 0.f;
+      const bool any = total != 0.f;                                                       // a row without a key: output 0, lse -inf; NaN goes through
+      const float lse = reference[r] + (Tr::kGathered ? log2_fast(total) : log2f(total));  // base 2
+      inverse[r] = any ? (Tr::kGathered ? reciprocal_fast(total) : 1.f / total) : 0.f;
       if (kSparse<Params> && any && own >= 0) inverse[r] *= sink_factor(p, seq, own, lse);  // one token, so a row is a head
-      if (own >= 0 && wg == 1 && (lane & 3) == 0) {  // warpgroup 0 is in a hurry: it computes the first scores of the next piece
+      if (own >= 0 && wg == (Tr::kGathered ? 1 : 0) && (lane & 3) == 0) {
         if (w.slot < 0)
           p.lse[lse_index(p, seq, own - token[r] * p.h_q, token[r])] = any ? lse * kLn2 : -INFINITY;
         else if (w.slot < p.slots)
@@ -432,11 +434,10 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     }
     if (Tr::kPrefill && wg == 1 && seq < cta.last_seq()) named_arrive(kLargestRead, kComputeThreads);
     if (w.slot < 0) {  // through P, which is free: both warpgroups are through with their last products
-      // Storing takes a thousand clocks a warpgroup, of which warpgroup 1 has more to spare.
-      if (wg == 1) named_sync(kStored, kComputeThreads);
+      if (Tr::kGathered && wg == 1) named_sync(kStored, kComputeThreads);
       T* out = static_cast<T*>(p.out) + cta.first_index(seq) * kDv + wg * (kDv / 2);
       store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return Tr::kGathered ? index_of(16 * warp + i) : smem.row_index[16 * warp + i]; });
-      if (wg == 0) named_arrive(kStored, kComputeThreads);
+      if (Tr::kGathered && wg == 0) named_arrive(kStored, kComputeThreads);
     } else if (w.slot < p.slots && cta.row0() + 16 * warp < p.rows) {
       float4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + lane;
 #pragma unroll
