@@ -214,6 +214,8 @@ def generate(args: argparse.Namespace) -> None:
 
     text = Text(args.model)
     prompts = read_prompts(args, text)
+    if args.kv_format and args.dtype == "float16":
+        raise ValueError(f"--kv-format {args.kv_format} goes with --dtype bfloat16, got float16; leave one of them out")
     if args.model is None:
         print("no --model: a tiny random one, whose tokens are bytes and mean nothing", file=sys.stderr)
         model = random_model(args)

@@ -136,6 +136,10 @@ def test_seeds_are_repeatable_and_a_batch_counts_them_on(checkpoint, tmp_path, c
         (["--tokens", "good.txt", "--num-pages", "1"], "(num_pages), got 3 and 64"),
         (["--tokens", "good.txt", "--top-p", "2"], "top_p must be a number over 0 and up to 1, got 2.0"),
         (["--tokens", "good.txt", "--kv-format", "fp8_v32"], "--kv-format must be left out for a model with dense"),
+        (
+            ["--tokens", "good.txt", "--kv-format", "fp8_v32", "--dtype", "float16"],
+            "--kv-format fp8_v32 goes with --dtype bfloat16, got float16; leave",
+        ),
     ],
 )
 def test_errors(checkpoint, tmp_path, monkeypatch, capsys, options, message):
