@@ -7,13 +7,20 @@
 
 namespace jax_flashmla {
 
-// The sum over this lane and those below.
-template <class T>
-__device__ __forceinline__ T warp_scan(T value) {
+struct Plus {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+// The sum over this lane and those below; `plus` must be associative.
+template <class T, class Sum = Plus>
+__device__ __forceinline__ T warp_scan(T value, Sum plus = {}) {
   const int lane = threadIdx.x & 31;
   for (int d = 1; d < 32; d *= 2) {
     const T other = __shfl_up_sync(~0u, value, d);
-    if (lane >= d) value += other;
+    if (lane >= d) value = plus(value, other);
   }
   return value;
 }

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const int lane = threadIdx.x & 31;
   const int64_t token = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= p.tokens) return;
-  const int slot = p.slots[token], before_rope = latent_chunks<kFormat>(p.pool), chunks = before_rope + kRopeChannels / kChunk;
+  const int slot = p.slots[token], before_rope = latent_chunks<kFormat>(p.pool), chunks = row_chunks<kFormat>(p.pool);
   const char* latent = static_cast<const char*>(p.latent) + token * p.pool.latent * int64_t(sizeof(In));
   const char* rope = static_cast<const char*>(p.rope) + token * kRopeChannels * int64_t(sizeof(In));
   Chunk<In> chunk[kRounds<kFormat>];

@@ -36,6 +36,7 @@ __device__ __forceinline__ void find_tokens(const GatherParams& p, int plan, int
   const int64_t room = int64_t(p.max_pages) * p.pool.page_size;
   const unsigned total = unsigned(p.total);
   const int longest = int(room < p.total ? room : p.total);
+  auto plus = [&](unsigned a, unsigned b) { return min(a + b, total); };
 #pragma unroll
   for (Token& token : tokens) token = {-1, 0};
   unsigned before = 0;  // rows of the sequences below base
@@ -47,13 +48,8 @@ __device__ __forceinline__ void find_tokens(const GatherParams& p, int plan, int
     for (int i = 0; i < kOwn; ++i) length[i] = seq0 + i < p.b ? lengths[seq0 + i] : 0;
     unsigned own = 0;
 #pragma unroll
-    for (int& x : length) x = min(max(x, 0), longest), own = min(own + x, total);
-    unsigned through = own;
-    for (int d = 1; d < 32; d *= 2) {
-      const unsigned other = __shfl_up_sync(~0u, through, d);
-      if (lane >= d) through = min(through + other, total);
-    }
-    const unsigned below = __shfl_up_sync(~0u, through, 1), start = before + (lane ? below : 0);
+    for (int& x : length) x = min(max(x, 0), longest), own = plus(own, unsigned(x));
+    const unsigned through = warp_scan(own, plus), below = __shfl_up_sync(~0u, through, 1), start = before + (lane ? below : 0);
     int page[kRows], offset[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -76,7 +72,7 @@ __device__ __forceinline__ void find_tokens(const GatherParams& p, int plan, int
       const Token token{__shfl_sync(~0u, page[r], from), __shfl_sync(~0u, offset[r], from)};
       if (found) tokens[r] = token;
     }
-    before = min(before + __shfl_sync(~0u, through, 31), total);
+    before = plus(before, __shfl_sync(~0u, through, 31));
   }
 }
 
@@ -95,7 +91,7 @@ class RowShare {
  public:
   // Asks for all of it; nothing looks at what has come before store() does.
   __device__ __forceinline__ void load(const KVPool& pool, Token token, int lane) {
-    const int before_rope = latent_chunks<kFormat>(pool), chunks = before_rope + kRopeChannels / kChunk;
+    const int before_rope = latent_chunks<kFormat>(pool), chunks = row_chunks<kFormat>(pool);
     const Row<kFormat> row(pool, max(token.page, 0), token.offset);
 #pragma unroll
     for (int r = 0; r < kRounds<kFormat>; ++r) {
@@ -125,7 +121,7 @@ class RowShare {
 
   // Zeros where there was no token.
   __device__ __forceinline__ void store(const KVPool& pool, char* out, int lane) const {
-    const int before_rope = latent_chunks<kFormat>(pool), chunks = before_rope + kRopeChannels / kChunk;
+    const int before_rope = latent_chunks<kFormat>(pool), chunks = row_chunks<kFormat>(pool);
 #pragma unroll
     for (int r = 0; r < kRounds<kFormat>; ++r) {
       const int c = lane + 32 * r;
@@ -152,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   Token tokens[kRows];
   find_tokens(p, plan, first, tokens);
 
-  const int64_t row_bytes = 2 * kChunk * (latent_chunks<kFormat>(p.pool) + kRopeChannels / kChunk);
+  const int64_t row_bytes = 2 * kChunk * row_chunks<kFormat>(p.pool);
   char* out = static_cast<char*>(p.out) + (int64_t(plan) * p.total + first) * row_bytes;
   RowShare<kFormat> shares[kRows];
 #pragma unroll

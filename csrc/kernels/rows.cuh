@@ -19,6 +19,11 @@ __device__ __forceinline__ int latent_chunks(const KVPool& pool) {
     return Fp8Layout<kFormat>::kLatent / kChunk;
 }
 
+template <KVFormat kFormat>
+__device__ __forceinline__ int row_chunks(const KVPool& pool) {
+  return latent_chunks<kFormat>(pool) + kRopeChannels / kChunk;
+}
+
 // A lane has chunks lane, lane + 32, ... of a row.
 template <KVFormat kFormat>
 constexpr int kRounds = kFormat == KVFormat::kFp8V4 ? 2 : 3;

@@ -1,13 +1,15 @@
 #pragma once
+#include <functional>
+
 #include "emulation.h"
 
 namespace jax_flashmla {
 
-template <class T>
-T warp_scan(T value) {
-  return emulation::together(value, [](auto of) {
-    T sum = 0;
-    for (int i = 0; i <= emulation::lane(); ++i) sum += of(i);
+template <class T, class Sum = std::plus<T>>
+T warp_scan(T value, Sum plus = {}) {
+  return emulation::together(value, [&](auto of) {
+    T sum = of(0);
+    for (int i = 1; i <= emulation::lane(); ++i) sum = plus(sum, of(i));
     return sum;
   });
 }
