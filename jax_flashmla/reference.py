@@ -20,10 +20,10 @@ CHUNK_INDICES = 128  # the same for lists of tokens, where every query token has
 CHUNK_LISTS = 64  # and so many lists at a time in sparse prefill, whose queries are as many as its keys
 
 # The integers of the plan, the same in the CUDA planner: a KV block is 64 tokens; starting on a sequence costs about as
-# much as 5 blocks; the kernel works on blocks in pairs, so a split has two at least; merging partial results costs
+# much as 2 blocks; the kernel works on blocks in pairs, so a split has two at least; merging partial results costs
 # the whole batch about 6 blocks.
 BLOCK = 64
-SEQUENCE_OVERHEAD_BLOCKS = 5
+SEQUENCE_OVERHEAD_BLOCKS = 2
 MIN_SPLIT_BLOCKS = 2
 EVEN_CANDIDATES = 32
 SPLIT_PENALTY_BLOCKS = 6

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax_flashmla import _native, get_mla_metadata, ops
 from jax_flashmla.ops.schedule import MAX_CONSTANT_PLAN, constant_plan, num_parts
 
-BLOCK, OVERHEAD, PENALTY, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 5, 6, 2, 16, 16
+BLOCK, OVERHEAD, PENALTY, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 2, 6, 2, 16, 16
 
 
 def blocks_of(length):

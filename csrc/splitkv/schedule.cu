@@ -15,7 +15,7 @@ namespace jax_flashmla {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kSequenceOverhead = 5;    // what a piece costs besides its blocks, in blocks: Q, prologue, epilogue
+constexpr int kSequenceOverhead = 2;    // what a piece costs besides its blocks, in blocks: Q, prologue, epilogue
 constexpr int kSplitPenalty = 6;        // blocks; what partial results and merging them cost the whole batch
 constexpr int kMinSplit = 2;            // blocks; a pair is what the kernel works on
 constexpr int kMinInvariantSplit = 16;  // batch-invariant plans: the length alone decides
