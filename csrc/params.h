@@ -42,8 +42,8 @@ struct DecodeParams {
   const int* num_splits;               // [b + 1], exclusive prefix sum of the number of partial results of each sequence; nullptr: there are none
   void* out;                           // [b, s_q, h_q, d_v]
   float* lse;                          // [b, h_q, s_q], natural logarithm
-  float* partial_out;                  // [slots, h_kv, rows rounded up to 16, d_v], in the order of splitkv/partial.cuh
-  float* partial_stats;                // [slots, h_kv, rows, 2], reference maximum (base 2) and sum
+  void* partial_out;                   // [slots, h_kv, rows rounded up to 16, d_v], float16, as splitkv/partial.cuh has it
+  void* partial_stats;                 // [slots, h_kv, rows, 4], PartialStats of the same
   int b, s_q, h_q, h_kv, group, rows;  // group = h_q / h_kv query heads share a KV head; rows = s_q * group; row r is token r / group, head r % group
   int d_qk, max_len;                   // lengths are clamped to max_len
   int num_parts, slots;

@@ -111,7 +111,7 @@ def kernels(tmp_path_factory):
     for file in (build / "csrc").rglob("*.cu*"):
         shared = r"auto* \2 = reinterpret_cast<\1*>(emulation::shared_memory);"
         file.write_text(re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, file.read_text()))
-    flags = ["-std=c++20", "-O2", "-w", "-fPIC", "-include", "emulation.h"]
+    flags = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-w", "-fPIC", "-include", "emulation.h"]
     flags += ["-I", str(HERE / "emulation"), "-I", str(build / "csrc")]
     sources = [str(HERE / "emulation" / "entry.cc"), "-x", "c++", *(str(build / "csrc" / name) for name in SOURCES)]
     library = build / "emulation.so"
@@ -140,17 +140,21 @@ def emulate_schedule(kernels, lengths, parts, batch_invariant=False):
     return metadata, num_splits
 
 
-def emulate_decode(kernels, case, parts, *, batch_invariant=False):
-    inputs = [np.ascontiguousarray(x) for x in testing.make_inputs(case)]
-    q, k_cache, table, lengths = inputs
+def emulate_decode(kernels, case, parts, *, batch_invariant=False, exponent=0):
+    q, k_cache, table, lengths = [np.ascontiguousarray(x) for x in testing.make_inputs(case)]
+    q, k_cache = (
+        np.ldexp(q, -exponent, dtype=np.float32).astype(q.dtype),
+        np.ldexp(k_cache, exponent, dtype=np.float32).astype(q.dtype),
+    )
+    inputs = q, k_cache, table, lengths
     parts = case.b * MAX_SPLITS if batch_invariant else parts
     plan = emulate_schedule(kernels, lengths, parts, batch_invariant)
     group, slots = case.h_q // case.h_kv, max(1, parts - 1 + min(case.b, parts - 1))
     out = np.full((case.b, case.s_q, case.h_q, 512), np.nan, q.dtype)
     lse = np.full((case.b, case.h_q, case.s_q), np.nan, np.float32)
     rows = group * case.s_q
-    partial = np.full((slots, case.h_kv, -(-rows // 16) * 16, 512), np.nan, np.float32)
-    stats = np.full((slots, case.h_kv, rows, 2), np.nan, np.float32)
+    partial = np.full((slots, case.h_kv, -(-rows // 16) * 16, 512), np.nan, np.float16)
+    stats = np.full((slots, case.h_kv, rows, 4), np.nan, np.float32)
     pointers = (x.ctypes.data for x in (q, lengths, *plan, out, lse, partial, stats))
     sizes = (case.b, case.s_q, case.h_q, case.h_kv, group, rows, case.d_qk, table.shape[1] * case.page_size, parts)
     own = (k_cache.ctypes.data, table.ctypes.data, len(k_cache), case.page_size, table.shape[1])
@@ -203,12 +207,19 @@ def test_split(kernels, h_q, d_qk, batch_invariant):
     assert emulate_decode(kernels, case, parts=9, batch_invariant=batch_invariant) >= 2
 
 
+@pytest.mark.parametrize("exponent", (-100, 100))
+def test_partial_results_of_any_size(kernels, exponent):
+    """They are float16, whose own range ends at 2^16 and, but for few bits, at 2^-14."""
+    assert emulate_decode(kernels, Case("any_size", (1300,), h_q=16), parts=9, exponent=exponent) >= 2
+
+
 def to_fragments(out):
     """[..., rows, 512] as in csrc/splitkv/partial.cuh."""
     rows = out.shape[-2]
     padded = np.pad(out, [(0, 0)] * (out.ndim - 2) + [(0, -rows % 16), (0, 0)], constant_values=np.nan)
-    parts = padded.reshape(*out.shape[:-2], -1, 2, 8, 64, 4, 2)  # group, row half, lane/4, fragment, lane%4, column
-    axes = [*range(out.ndim - 2), *(out.ndim - 2 + np.array([0, 3, 2, 4, 1, 5]))]
+    # group, row half, lane/4, fragment, column half, lane%4, column
+    parts = padded.reshape(*out.shape[:-2], -1, 2, 8, 32, 2, 4, 2)
+    axes = [*range(out.ndim - 2), *(out.ndim - 2 + np.array([0, 3, 2, 5, 4, 1, 6]))]
     return np.ascontiguousarray(parts.transpose(axes)).reshape(*out.shape[:-2], -1, 512)
 
 
@@ -219,14 +230,16 @@ def test_combine(kernels, splits):
     rng = np.random.default_rng(splits)
     num_splits = np.array([0, splits, splits, splits + 2], np.int32)
     slots = splits + 2
-    partial = rng.standard_normal((slots, h_kv, rows, 512), np.float32)
+    partial = rng.standard_normal((slots, h_kv, rows, 512), np.float32).astype(np.float16)
     m = rng.uniform(-20, 20, (slots, h_kv, rows)).astype(np.float32)
     total = rng.uniform(1, 60, m.shape).astype(np.float32)
     empty = (rng.random(m.shape) < 0.2) | (np.arange(rows) == 7)  # splits in which the row has no key; row 7 has none
     partial[empty], m[empty], total[empty] = 0, -np.inf, 0
     out = np.full((b, s_q, h_q, 512), np.nan, np.dtype(jnp.bfloat16))
     lse = np.full((b, h_q, s_q), np.nan, np.float32)
-    fragments, stats = to_fragments(partial), np.stack([m, total], -1)
+    scale = np.exp2(rng.integers(-9, 9, (*m.shape, 2))).astype(np.float32)
+    fragments, stats = to_fragments(partial), np.concatenate([m[..., None], total[..., None], scale], -1)
+    partial = np.repeat(scale, 256, -1) * partial
     pointers = (x.ctypes.data for x in (num_splits, out, lse, fragments, stats))
     sizes = (b, s_q, h_q, h_kv, h_q // h_kv, rows, 576, 64, slots + 1, slots)
     params = DecodeParams(0, 0, 0, *pointers, *sizes, 1.0, False, 0, None)
@@ -291,8 +304,8 @@ def emulate_sparse(
     slots = max(1, parts - 1 + min(tokens, parts - 1))
     out = np.full((b, s_q, h_q, 512), np.nan, q.dtype)
     lse = np.full((b, h_q, s_q), np.nan, np.float32)
-    partial = np.full((slots, 1, -(-h_q // 16) * 16, 512), np.nan, np.float32)
-    stats = np.full((slots, 1, h_q, 2), np.nan, np.float32)
+    partial = np.full((slots, 1, -(-h_q // 16) * 16, 512), np.nan, np.float16)
+    stats = np.full((slots, 1, h_q, 4), np.nan, np.float32)
     pointers = (x.ctypes.data for x in (q, seqlens, *plan, out, lse, partial, stats))
     sizes = (tokens, 1, h_q, 1, h_q, h_q, d_qk, 2**31 - 65, parts, slots)
     own = (SparseSource * 2)(*(source for source, _, _ in sources)), None if sink is None else sink.ctypes.data
@@ -358,8 +371,8 @@ def test_sparse_prefill(kernels, format, heads_kv, group, topk, parts, ragged):
     slots = max(1, parts - 1 + min(tokens, parts - 1))
     out = np.full((tokens, 1, group, 512), np.nan, q.dtype)
     lse, max_logits = (np.full((tokens, group), np.nan, np.float32) for _ in range(2))
-    partial = np.full((slots, 1, -(-group // 16) * 16, 512), np.nan, np.float32)
-    stats, partial_max = np.full((slots, 1, group, 2), np.nan, np.float32), np.full((slots, group), np.nan, np.float32)
+    partial = np.full((slots, 1, -(-group // 16) * 16, 512), np.nan, np.float16)
+    stats, partial_max = np.full((slots, 1, group, 4), np.nan, np.float32), np.full((slots, group), np.nan, np.float32)
     pointers = (x.ctypes.data for x in (q, seqlens, *plan, out, lse, partial, stats))
     sizes = (tokens, 1, group, 1, group, group, d_qk, 2**31 - 65, parts, slots)
     scale = d_qk**-0.5

@@ -12,7 +12,7 @@ namespace ffi = xla::ffi;
 
 static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::Buffer<ffi::S32> block_table,
                                   ffi::Buffer<ffi::S32> cache_seqlens, ffi::Buffer<ffi::S32> metadata, ffi::Buffer<ffi::S32> num_splits,
-                                  ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse, ffi::ResultBuffer<ffi::F32> partial_out,
+                                  ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse, ffi::ResultBuffer<ffi::F16> partial_out,
                                   ffi::ResultBuffer<ffi::F32> partial_stats, float softmax_scale, bool causal) {
   const auto qd = q.dimensions(), kd = k_cache.dimensions(), table = block_table.dimensions(), meta = metadata.dimensions();
   const auto partial = partial_out->dimensions();
@@ -35,8 +35,8 @@ static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffe
   FFI_CHECK(out->element_count() == size_t(b * s_q * h_q * kDv) && lse->element_count() == size_t(b * h_q * s_q),
             "dense_decode: out [b, s_q, h_q, 512], lse [b, h_q, s_q]");
   FFI_CHECK(slots >= 1 && partial[1] == h_kv && partial[2] == (rows + 15) / 16 * 16 && partial[3] == kDv &&
-                partial_stats->element_count() == size_t(2 * slots * h_kv * rows),
-            "dense_decode: partial_out [slots, h_kv, rows rounded up to 16, 512], partial_stats [slots, h_kv, rows, 2]");
+                partial_stats->element_count() == size_t(4 * slots * h_kv * rows),
+            "dense_decode: partial_out [slots, h_kv, rows rounded up to 16, 512], partial_stats [slots, h_kv, rows, 4]");
   DenseDecodeParams p{};
   p.q = q.untyped_data();
   p.k_cache = k_cache.untyped_data();
@@ -46,8 +46,8 @@ static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffe
   p.num_splits = num_splits.typed_data();
   p.out = out->untyped_data();
   p.lse = lse->typed_data();
-  p.partial_out = partial_out->typed_data();
-  p.partial_stats = partial_stats->typed_data();
+  p.partial_out = partial_out->untyped_data();
+  p.partial_stats = partial_stats->untyped_data();
   p.b = int(b), p.s_q = int(s_q), p.h_q = int(h_q), p.h_kv = int(h_kv), p.group = int(group), p.rows = int(rows);
   p.d_qk = int(d_qk), p.num_pages = int(kd[0]), p.page_size = int(page_size), p.max_pages = int(table[1]);
   p.max_len = int(std::min<int64_t>(table[1] * page_size, std::numeric_limits<int32_t>::max() - kBlockTokens));
@@ -71,7 +71,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F16>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal"),

@@ -33,7 +33,7 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
                                    ffi::Buffer<ffi::F32> attn_sink, ffi::AnyBuffer extra_k_cache, ffi::Buffer<ffi::S32> extra_indices,
                                    ffi::Buffer<ffi::S32> extra_topk_length, ffi::Buffer<ffi::S32> cache_seqlens, ffi::Buffer<ffi::S32> metadata,
                                    ffi::Buffer<ffi::S32> num_splits, ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse,
-                                   ffi::ResultBuffer<ffi::F32> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats, float softmax_scale) {
+                                   ffi::ResultBuffer<ffi::F16> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats, float softmax_scale) {
   const auto qd = q.dimensions(), meta = metadata.dimensions(), partial = partial_out->dimensions();
   FFI_CHECK(qd.size() == 4 && meta.size() == 2 && partial.size() == 4, "sparse_decode: q [b, s_q, h_q, d_qk], metadata [parts, 8]");
   const int64_t b = qd[0] * qd[1], s_q = qd[1], h_q = qd[2], d_qk = qd[3], parts = meta[0], slots = partial[0];
@@ -52,8 +52,8 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
   FFI_CHECK(out->element_count() == size_t(b * h_q * kDv) && lse->element_count() == size_t(b * h_q),
             "sparse_decode: out [b, s_q, h_q, 512], lse [b, h_q, s_q]");
   FFI_CHECK(
-      slots >= 1 && partial[1] == 1 && partial[2] == (h_q + 15) / 16 * 16 && partial[3] == kDv && partial_stats->element_count() == size_t(2 * slots * h_q),
-      "sparse_decode: partial_out [slots, 1, h_q rounded up to 16, 512], partial_stats [slots, 1, h_q, 2]");
+      slots >= 1 && partial[1] == 1 && partial[2] == (h_q + 15) / 16 * 16 && partial[3] == kDv && partial_stats->element_count() == size_t(4 * slots * h_q),
+      "sparse_decode: partial_out [slots, 1, h_q rounded up to 16, 512], partial_stats [slots, 1, h_q, 4]");
   SparseDecodeParams p{};
   p.q = q.untyped_data();
   p.cache_seqlens = equal ? nullptr : cache_seqlens.typed_data();
@@ -61,8 +61,8 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
   p.num_splits = num_splits.element_count() ? num_splits.typed_data() : nullptr;
   p.out = out->untyped_data();
   p.lse = lse->typed_data();
-  p.partial_out = partial_out->typed_data();
-  p.partial_stats = partial_stats->typed_data();
+  p.partial_out = partial_out->untyped_data();
+  p.partial_stats = partial_stats->untyped_data();
   p.b = int(b), p.s_q = 1, p.h_q = int(h_q), p.h_kv = 1, p.group = int(h_q), p.rows = int(h_q);
   p.d_qk = int(d_qk), p.max_len = int(kIntMax - kBlockTokens);
   p.num_parts = int(parts), p.slots = int(slots);
@@ -102,7 +102,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SparseDecode, SparseDecodeImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F16>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("softmax_scale"),
                               {ffi::Traits::kCmdBufferCompatible});

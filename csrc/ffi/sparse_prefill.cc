@@ -17,7 +17,7 @@ constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
 static ffi::Error SparsePrefillImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffer kv, ffi::Buffer<ffi::S32> indices, ffi::Buffer<ffi::S32> topk_length,
                                     ffi::Buffer<ffi::F32> attn_sink, ffi::Buffer<ffi::S32> cache_seqlens, ffi::Buffer<ffi::S32> metadata,
                                     ffi::Buffer<ffi::S32> num_splits, ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> max_logits,
-                                    ffi::ResultBuffer<ffi::F32> lse, ffi::ResultBuffer<ffi::F32> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats,
+                                    ffi::ResultBuffer<ffi::F32> lse, ffi::ResultBuffer<ffi::F16> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats,
                                     ffi::ResultBuffer<ffi::F32> partial_max, float softmax_scale) {
   const auto qd = q.dimensions(), id = indices.dimensions(), lens = cache_seqlens.dimensions(), meta = metadata.dimensions(),
              partial = partial_out->dimensions();
@@ -43,16 +43,16 @@ static ffi::Error SparsePrefillImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuf
             "sparse_prefill: out [s_q, h_q, 512], max_logits and lse [s_q, h_q]");
   FFI_CHECK(
       slots >= 1 && partial[1] == 1 && partial[2] == (group + 15) / 16 * 16 && partial[3] == kDv &&
-          partial_stats->element_count() == size_t(2 * slots * group) && partial_max->element_count() == size_t(slots * group),
-      "sparse_prefill: partial_out [slots, 1, h_q / h_kv rounded up to 16, 512], partial_stats [slots, 1, h_q / h_kv, 2], partial_max [slots, h_q / h_kv]");
+          partial_stats->element_count() == size_t(4 * slots * group) && partial_max->element_count() == size_t(slots * group),
+      "sparse_prefill: partial_out [slots, 1, h_q / h_kv rounded up to 16, 512], partial_stats [slots, 1, h_q / h_kv, 4], partial_max [slots, h_q / h_kv]");
   KVPool pool;
   if (ffi::Error error = read_pool(kv, pool); error.failure()) return error;
   FFI_CHECK(pool.format != KVFormat::kFp8V4 && pool.dtype == Dtype::kBF16 && pool.latent + 64 == d_qk,
             "sparse_prefill: kv must be bfloat16 or fp8_v32, as wide as q");
 
   SparsePrefillParams p{};
-  p.partial_out = partial_out->typed_data();
-  p.partial_stats = partial_stats->typed_data();
+  p.partial_out = partial_out->untyped_data();
+  p.partial_stats = partial_stats->untyped_data();
   p.partial_max = partial_max->typed_data();
   p.s_q = 1, p.h_q = int(group), p.h_kv = 1, p.group = int(group), p.rows = int(group), p.heads_kv = int(h_kv), p.tokens = 1;
   p.d_qk = int(d_qk), p.max_len = int(equal ? id[2] : kIntMax - kBlockTokens);
@@ -96,7 +96,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SparsePrefill, SparsePrefillImpl,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F16>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("softmax_scale"),

@@ -425,7 +425,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         if (w.slot < 0)
           p.lse[lse_index(p, seq, own - token[r] * p.h_q, token[r])] = any ? lse * kLn2 : -INFINITY;
         else if (w.slot < p.slots)
-          *partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r]) = make_float2(reference[r], total);
+          reinterpret_cast<float2&>(*partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r])) = make_float2(reference[r], total);
         if constexpr (Tr::kPrefill) {
           const float logit = fmaxf(largest[r], smem.reference[1][tile_row[r]]) * scale_log2 * kLn2;
           if (w.slot < p.slots) (w.slot < 0 ? p.max_logits + int64_t(seq) * p.h_q : p.partial_max + int64_t(w.slot) * p.h_q)[own] = logit;
@@ -439,9 +439,17 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       store_rows(out, kDv, smem.p[wg], warp, o, inverse, [&](int i) { return Tr::kGathered ? index_of(16 * warp + i) : smem.row_index[16 * warp + i]; });
       if (Tr::kGathered && wg == 0) named_arrive(kStored, kComputeThreads);
     } else if (w.slot < p.slots && cta.row0() + 16 * warp < p.rows) {
-      float4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + lane;
+      float scale[2];
+      partial_scales(o, scale);
+      const int own = lane_again(), row = cta.row0() + 16 * warp + own / 4;
 #pragma unroll
-      for (int i = 0; i < kRowFragments / 2; ++i) out[i * kFragmentLanes] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+      for (int r = 0; r < 2; ++r) {
+        inverse[r] = reciprocal_fast(scale[r]);
+        if (row + 8 * r < p.rows && (own & 3) == 0) partial_stats(p, w.slot, cta.kv_head(), row + 8 * r)->scale[wg] = scale[r];
+      }
+      uint4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + own;
+#pragma unroll
+      for (int i = 0; i < kRowFragments / 2; ++i) out[i * kFragmentLanes] = pack_partial(o + 8 * i, inverse);
     }
     if (Tr::kAsked && wg == 1 && next_blocks > 1) ask(1);  // not earlier: its rows come behind the codes of the block before
   }

@@ -16,6 +16,7 @@
 
 #include "attention/finish.cuh"
 #include "attention/softmax.cuh"
+#include "hopper/gather.cuh"
 #include "hopper/launch.cuh"
 #include "hopper/warp.cuh"
 #include "splitkv/combine.h"
@@ -25,58 +26,48 @@ namespace jax_flashmla {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32, kCtasPerSm = 2, kMaxCtas = kCtasPerSm * 132;
-constexpr int kMaxSplits = 640;  // of a sequence; a plan has a part per SM, and more splits than that are made up
+constexpr int kMaxSplits = 384;  // of a sequence; a plan has a part per SM, and more splits than that are made up
 
 struct Storage {
-  float weight[kMaxSplits * kFragmentRows], l[kMaxSplits * kFragmentRows];  // of a split and row; weight is m at first
-  float top[kThreads], sum[kThreads];                                       // of a row and one of sixteen shares of the splits
-  float4 shared[kWarps][kFragmentLanes];
+  PartialStats stats[kMaxSplits * kFragmentRows];  // of a split and row; the scales become weights
+  float top[kThreads], sum[kThreads];              // of a row and one of sixteen shares of the splits
+  float shared[kWarps][8][kFragmentLanes];
 };
 // So much that no third CTA fits: the first SMs that are done would get them all.
-constexpr int kStorage = 80 * 1024;
-static_assert(sizeof(Storage) <= 112 * 1024 && 3 * std::max<int>(kStorage, sizeof(Storage)) > 227 * 1024);
+static_assert(sizeof(Storage) <= 112 * 1024 && 3 * sizeof(Storage) > 227 * 1024);
 
-// A warp asks for sixteen float4 at once: all splits of two or four fragments where these are few, else splits of one fragment, which several warps may share.
-// Where there is little to do in all it is spread: a fragment per warp in any case.
-__host__ __device__ constexpr int warp_fragments(int splits, bool spread) { return spread ? 1 : splits <= 4 ? 4 : splits <= 8 ? 2 : 1; }
+// A warp asks for sixteen uint4 at once: all splits of two or four fragments where these are few, else splits of one fragment, which several warps may share.
+// Where there is little to do in all it is spread: `most` fragments per warp in any case.
+__host__ __device__ constexpr int warp_fragments(int splits, int most) { return std::min(most, splits <= 4 ? 4 : splits <= 8 ? 2 : 1); }
 __host__ __device__ constexpr int sharers_of(int splits) { return splits <= 8 ? 1 : splits <= 16 ? 2 : splits <= 32 ? 4 : kWarps; }
-__host__ __device__ constexpr int jobs_per_group(int splits, bool spread) {
-  return kRowFragments * sharers_of(splits) / (warp_fragments(splits, spread) * kWarps);
-}
+__host__ __device__ constexpr int jobs_per_group(int splits, int most) { return kRowFragments * sharers_of(splits) / (warp_fragments(splits, most) * kWarps); }
 
 // Weights of all splits for the 16 rows from first_row on. Sixteen threads share a row, each with its share of the splits.
 class Weights {
  public:
-  // Asks for m and l.
-  __device__ __forceinline__ Weights(const DecodeParams& p, int first_slot, int splits, int kv_head, int first_row) : splits_(splits) {
-    there_ = first_row + row_ < p.rows;
-    step_ = int64_t(p.h_kv) * p.rows;
-    next_ = partial_stats(p, first_slot + share_, kv_head, first_row + row_);
-    load(share_);
+  // Asks for what the splits tell of the row, zeros where there is none.
+  __device__ __forceinline__ Weights(const DecodeParams& p, int first_slot, int splits, int kv_head, int first_row, Storage& smem)
+      : own_(smem.stats + threadIdx.x), end_(smem.stats + splits * kFragmentRows) {
+    const int share = threadIdx.x / kFragmentRows, row = first_row + threadIdx.x % kFragmentRows;
+    const PartialStats* from = partial_stats(p, first_slot + share, kv_head, row);
+    for (PartialStats* to = own_; to < end_; to += kThreads, from += kThreads / kFragmentRows * int64_t(p.h_kv) * p.rows)
+      copy_async<16>(smem_address(to), from, row < p.rows);
   }
 
   // All threads must call.
   __device__ __forceinline__ void store(Storage& smem) {
     float top = -INFINITY, sum = 0.f;
-#pragma unroll 1
-    for (int s0 = share_;;) {
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int s = s0 + i * kShares;
-        if (s < splits_) smem.weight[s * kFragmentRows + row_] = m_l_[i].x, smem.l[s * kFragmentRows + row_] = m_l_[i].y;
-        top = fmaxf(top, m_l_[i].x);
-      }
-      if ((s0 += kBatch * kShares) >= splits_) break;
-      load(s0);
-    }
+    wait_for_copies();
+    for (const PartialStats* of = own_; of < end_; of += kThreads) top = fmaxf(top, of->reference);
     smem.top[threadIdx.x] = top;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kShares; ++i) top = fmaxf(top, smem.top[i * kFragmentRows + row_]);
-    for (int at = threadIdx.x; at < splits_ * kFragmentRows; at += kThreads) {
+    for (int i = 0; i < kThreads; i += kFragmentRows) top = fmaxf(top, smem.top[i + threadIdx.x % kFragmentRows]);
+    for (PartialStats* of = own_; of < end_; of += kThreads) {
       // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
-      const float m = smem.weight[at], l = smem.l[at], weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
-      smem.weight[at] = weight;
+      auto& [m, l, scale] = *of;
+      const float weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
+      scale[0] *= weight, scale[1] *= weight;
       sum = fmaf(weight, l, sum);
     }
     smem.sum[threadIdx.x] = sum;
@@ -84,33 +75,38 @@ class Weights {
   }
 
  private:
-  static constexpr int kShares = kThreads / kFragmentRows, kBatch = 4;
-
-  __device__ __forceinline__ void load(int s0) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i, next_ += kShares * step_) m_l_[i] = there_ && s0 + i * kShares < splits_ ? *next_ : float2{-INFINITY, 0.f};
-  }
-
-  const int share_ = threadIdx.x / kFragmentRows, row_ = threadIdx.x % kFragmentRows, splits_;
-  bool there_;
-  int64_t step_;
-  const float2* next_;
-  float2 m_l_[kBatch];
+  PartialStats *const own_, *const end_;
 };
 
-__device__ __forceinline__ void add(float4& a, const float4& b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
+// This thread's eight numbers of a fragment, two a word, of its two rows in turn.
+struct Sum {
+  float x[8] = {};
+
+  __device__ __forceinline__ void add(const Sum& other) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] += other.x[i];
+  }
+  __device__ __forceinline__ void add(const float (&weight)[2], const uint4& partial) {
+    const uint32_t words[4] = {partial.x, partial.y, partial.z, partial.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 v = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      x[2 * i] = fmaf(weight[i & 1], v.x, x[2 * i]), x[2 * i + 1] = fmaf(weight[i & 1], v.y, x[2 * i + 1]);
+    }
+  }
+};
 
 // Job `job` of 16 rows of a sequence.
 template <class T, class Params>
-__device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, int group, int first_slot, int splits, bool spread, int job, Storage& smem) {
+__device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, int group, int first_slot, int splits, int most, int job, Storage& smem) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-  const int fragments = warp_fragments(splits, spread), sharers = sharers_of(splits), sharer = warp & (sharers - 1);
-  const int fragment = (job * kWarps + warp) / sharers * fragments;
+  const int fragments = warp_fragments(splits, most), sharers = sharers_of(splits), sharer = warp & (sharers - 1);
+  const int fragment = (job * kWarps + warp) / sharers * fragments, half = fragment / (kRowFragments / 2);
   const int64_t step = partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0);
   // The sixteen loads are four times four splits: of a fragment each, of two fragments by pairs, or of one.
   const int quad_splits = fragments == 4 ? 0 : 4 * sharers, pair_splits = fragments == 1 ? 8 * sharers : 0;
   const int64_t quad = fragments == 4 ? kFragmentLanes : quad_splits * step, pair = fragments == 1 ? pair_splits * step : fragments / 2 * kFragmentLanes;
-  const float4* next = partial_fragments(p, first_slot + sharer, kv_head, group) + fragment * kFragmentLanes + lane;
+  const uint4* next = partial_fragments(p, first_slot + sharer, kv_head, group) + fragment * kFragmentLanes + lane;
   int row[2], index[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -119,39 +115,38 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
   }
   wait_for_predecessor();
 
-  Weights weights(p, first_slot, splits, kv_head, group * kFragmentRows);
-  float4 sum[4] = {};
+  Weights weights(p, first_slot, splits, kv_head, group * kFragmentRows, smem);
+  Sum sum[4];
 #pragma unroll 1
   for (int s0 = sharer, end = splits + sharer; s0 < end; s0 += 16 * sharers, next += 16 * sharers * step) {  // every warp comes here once at least
-    float4 batch[4][4];
+    uint4 batch[4][4];
     auto split = [&](int a, int b) { return s0 + a / 2 * pair_splits + a % 2 * quad_splits + b * sharers; };
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
-      const float4* from = next + (a / 2 * pair + a % 2 * quad);
+      const uint4* from = next + (a / 2 * pair + a % 2 * quad);
 #pragma unroll
-      for (int b = 0; b < 4; ++b, from += sharers * step) batch[a][b] = split(a, b) < splits ? *from : float4{};
+      for (int b = 0; b < 4; ++b, from += sharers * step) batch[a][b] = split(a, b) < splits ? *from : uint4{};
     }
     if (s0 == sharer) weights.store(smem);  // while they are on their way
 #pragma unroll
     for (int a = 0; a < 4; ++a)
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
-        const float* w = smem.weight + min(split(a, b), splits - 1) * kFragmentRows + lane / 4;  // past the end times zero
-        const float4& v = batch[a][b];
-        sum[a].x = fmaf(w[0], v.x, sum[a].x), sum[a].y = fmaf(w[0], v.y, sum[a].y);
-        sum[a].z = fmaf(w[8], v.z, sum[a].z), sum[a].w = fmaf(w[8], v.w, sum[a].w);
+        const PartialStats* of_rows = smem.stats + min(split(a, b), splits - 1) * kFragmentRows + lane / 4;  // past the end times zero
+        sum[a].add({of_rows[0].scale[half], of_rows[8].scale[half]}, batch[a][b]);
       }
   }
-  if (fragments < 4) add(sum[0], sum[1]), add(sum[2], sum[3]);
+  if (fragments < 4) sum[0].add(sum[1]), sum[2].add(sum[3]);
   if (fragments == 2) sum[1] = sum[2];
-  if (fragments == 1) add(sum[0], sum[2]);
+  if (fragments == 1) sum[0].add(sum[2]);
   if (sharers > 1) {
-    smem.shared[warp][lane] = sum[0];
+    for (int i = 0; i < 8; ++i) smem.shared[warp][i][lane] = sum[0].x[i];
     __syncthreads();
-    for (int i = 1; i < sharers && sharer == 0; ++i) add(sum[0], smem.shared[warp + i][lane]);
+    for (int from = warp + 1; from < warp + sharers && sharer == 0; ++from)
+      for (int i = 0; i < 8; ++i) sum[0].x[i] += smem.shared[from][i][lane];
   }
   if (sharer == 0) {
-    const int column = fragment * 8 + 2 * (lane & 3);
+    const int column = fragment * kFragmentColumns + 2 * (lane & 3);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (row[r] >= p.rows) continue;
@@ -164,7 +159,9 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
       auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (int64_t(seq) * p.s_q * p.h_q + index[r]) * kDv + column);
 #pragma unroll
       for (int a = 0; a < 4; ++a)
-        if (a < fragments) out[4 * a] = pack<T>((r ? sum[a].z : sum[a].x) * inverse, (r ? sum[a].w : sum[a].y) * inverse);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (a < fragments) out[8 * a + 4 * i] = pack<T>(sum[a].x[4 * i + 2 * r] * inverse, sum[a].x[4 * i + 2 * r + 1] * inverse);
       if (column == 0) {
         const int token = row[r] / p.group, head = index[r] - token * p.h_q;
         p.lse[lse_index(p, seq, head, token)] = any ? (top + log2f(total)) * kLn2 : -INFINITY;
@@ -179,7 +176,7 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
 }
 
 template <class T, class Params>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ Params p, int sequences, bool spread) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __grid_constant__ Params p, int sequences, int most) {
   extern __shared__ char raw[];
   auto& smem = *reinterpret_cast<Storage*>(raw);
   let_successor_start();
@@ -199,14 +196,13 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     const bool there = seq >= 0 && seq < p.b;
     const int first = there ? p.num_splits[seq] : 0, splits = there ? p.num_splits[seq + 1] - first : 0;
     const bool split = splits >= 2 && splits <= kMaxSplits && first >= 0 && splits <= p.slots - first;  // else whole, or a made-up plan
-    const int jobs = split ? jobs_per_group(splits, spread) * kv_groups : 0;
+    const int jobs = split ? jobs_per_group(splits, most) * kv_groups : 0;
     const int through = warp_scan(jobs), all = __shfl_sync(~0u, through, 31);
     for (; own < before + all; own += gridDim.x) {
       const int from = __ffs(__ballot_sync(~0u, before + through > own)) - 1;
       auto of = [&](int value) { return __shfl_sync(~0u, value, from); };
-      const int seq_splits = of(splits), job = int(own - before) - of(through - jobs), per_group = jobs_per_group(seq_splits, spread),
-                kv_group = job / per_group;
-      combine<T>(p, of(seq), kv_group / groups, kv_group % groups, of(first), seq_splits, spread, job % per_group, smem);
+      const int seq_splits = of(splits), job = int(own - before) - of(through - jobs), per_group = jobs_per_group(seq_splits, most), kv_group = job / per_group;
+      combine<T>(p, of(seq), kv_group / groups, kv_group % groups, of(first), seq_splits, most, job % per_group, smem);
       __syncthreads();  // the storage is free
     }
     before += all;
@@ -217,15 +213,16 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
 template <class T, class Params>
 cudaError_t launch_combine(const Params& p) {
   const auto kernel = combine_kernel<T, Params>;
-  constexpr int smem = std::max<int>(kStorage, sizeof(Storage));
+  constexpr size_t smem = sizeof(Storage);
   if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return err;
   const int sequences = std::min(p.b, p.num_parts - 1);
   // A CTA per job, as far as that can be told without the plan.
   const int64_t most_groups = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows);
   const int splits = p.num_parts / p.b;
-  const bool spread = most_groups * jobs_per_group(splits, true) <= kMaxCtas;
-  const unsigned grid = unsigned(std::min<int64_t>(most_groups * jobs_per_group(splits, spread), kMaxCtas));
-  return launch(kernel, {grid, kThreads, smem}, p.stream, p, sequences, spread);
+  int most = 1;
+  while (most < 4 && most_groups * jobs_per_group(splits, most) > kMaxCtas) most *= 2;
+  const unsigned grid = unsigned(std::min<int64_t>(most_groups * jobs_per_group(splits, most), kMaxCtas));
+  return launch(kernel, {grid, kThreads, smem}, p.stream, p, sequences, most);
 }
 
 }  // namespace

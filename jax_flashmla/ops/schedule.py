@@ -36,8 +36,8 @@ def workspaces(b: int, rows: int, h_kv: int, parts: int) -> list[jax.ShapeDtypeS
     """Room for the partial results: p - 1 inner boundaries add one each, and one more per sequence that they cut."""
     slots = max(1, parts - 1 + min(b, parts - 1)) if isinstance(b, int) and isinstance(parts, int) else 2 * parts
     return [
-        jax.ShapeDtypeStruct((slots, h_kv, -(-rows // 16) * 16, reference.D_V), jnp.float32),  # whole fragments
-        jax.ShapeDtypeStruct((slots, h_kv, rows, 2), jnp.float32),  # reference maxima and sums
+        jax.ShapeDtypeStruct((slots, h_kv, -(-rows // 16) * 16, reference.D_V), jnp.float16),  # whole fragments
+        jax.ShapeDtypeStruct((slots, h_kv, rows, 4), jnp.float32),  # reference maxima, sums, scales of both halves
     ]
 
 

@@ -80,6 +80,12 @@ inline uint32_t narrow(double size, int mantissa, int bias, uint32_t most) {
 }
 inline __half to_half(float x) { return {uint16_t(std::isnan(x) ? 0x7FFF : narrow(std::fabs(x), 10, 15, 0x7C00) | std::signbit(x) << 15)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {to_half(x), to_half(y)}; }
+inline float to_float(__half x) {
+  const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  const float size = exponent == 31 ? (mantissa ? NAN : INFINITY) : std::ldexp(exponent ? 1024.f + mantissa : mantissa, std::max(exponent, 1) - 25);
+  return std::copysign(size, x.bits >> 15 ? -1.f : 1.f);
+}
+inline float2 __half22float2(const __half2& x) { return {to_float(x.x), to_float(x.y)}; }
 
 using cudaError_t = int;
 using cudaStream_t = struct CUstream_st*;
