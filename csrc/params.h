@@ -17,10 +17,12 @@ inline constexpr int kDv = 512;
 inline constexpr int kMetadataWidth = 8;
 
 // One row of tile_scheduler_metadata: the KV blocks that part works on, from (begin_seq, begin_block) up to, not including, (end_seq, end_block).
-// Its first piece is split `begin_split` of its sequence; every later piece starts a sequence.
+// Its first piece is split `begin_split` of its sequence; every later piece starts a sequence. Where begin_split is -1, though, the part lists whole sequences
+// in any order: end_seq - begin_seq of them, begin_seq first and then those in `next`. Only dense decode takes such plans.
 struct alignas(16) Part {
-  int begin_seq, begin_block, end_seq, end_block, begin_split, unused[3];
+  int begin_seq, begin_block, end_seq, end_block, begin_split, next[3];
 };
+inline constexpr int kMostListed = 4;
 static_assert(sizeof(Part) == kMetadataWidth * sizeof(int));
 
 struct ScheduleParams {
@@ -28,7 +30,7 @@ struct ScheduleParams {
   Part* metadata;            // [n, num_parts]
   int* num_splits;           // [n, b + 1]
   int n, b, num_parts;
-  bool batch_invariant;
+  bool batch_invariant, lists;  // lists: parts may list sequences
   Stream stream;
 };
 

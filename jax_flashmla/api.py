@@ -63,7 +63,8 @@ def get_mla_metadata(
     b = cache_seqlens.shape[0]
     checks.invariant_batch(b, batch_invariant)
     parts = num_parts(b, rows, h_kv, batch_invariant=batch_invariant)
-    metadata, num_splits = ops.schedule(jnp.asarray(cache_seqlens)[None], parts=parts, batch_invariant=batch_invariant)
+    lengths = jnp.asarray(cache_seqlens)[None]
+    metadata, num_splits = ops.schedule(lengths, parts=parts, batch_invariant=batch_invariant, lists=True)
     return metadata[0], num_splits[0]
 
 

@@ -29,6 +29,8 @@ EVEN_CANDIDATES = 32
 SPLIT_PENALTY_BLOCKS = 6
 MIN_INVARIANT_BLOCKS = 16
 MAX_INVARIANT_SPLITS = 16
+MOST_LISTED = 4  # sequences of a part that lists them
+MAX_LISTED = 1024  # and of the batch: the CUDA planner compares every length with every other
 MAX_TOTAL_BLOCKS = 2**29  # keeps every sum of the planner inside int32
 
 
@@ -201,18 +203,17 @@ def sparse_prefill(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
     return [x.reshape(steps * size, h_q, *x.shape[4:])[:s_q] for x in results]
 
 
-def schedule(cache_seqlens, *, parts, batch_invariant):
+def schedule(cache_seqlens, *, parts, batch_invariant, lists):
     """n independent plans; see `_plan_balanced` and `_plan_invariant` for one."""
-    plan = _plan_invariant if batch_invariant else _plan_balanced
+    plan = _plan_invariant if batch_invariant else functools.partial(_plan_balanced, lists=lists)
     metadata, partials = jax.vmap(lambda lengths: plan(_blocks(lengths), parts))(cache_seqlens)
-    num_splits = jnp.pad(jnp.cumsum(partials, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    return jnp.pad(metadata, ((0, 0), (0, 0), (0, 3))), num_splits
+    return metadata, jnp.pad(jnp.cumsum(partials, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def equal_plan(b, length, parts):
     """`schedule` in numpy for b sequences of one length: known while a program is traced."""
-    metadata, partials = _plan_balanced(np.full(b, -(-length // BLOCK), np.int32), parts, np)
-    return np.pad(metadata, ((0, 0), (0, 3))).astype(np.int32), np.pad(partials.cumsum(dtype=np.int32), (1, 0))
+    metadata, partials = _plan_balanced(np.full(b, -(-length // BLOCK), np.int32), parts, lists=False, xp=np)
+    return metadata.astype(np.int32), np.pad(partials.cumsum(dtype=np.int32), (1, 0))
 
 
 def _blocks(lengths):
@@ -220,7 +221,7 @@ def _blocks(lengths):
     return lengths // BLOCK + (lengths % BLOCK != 0).astype(jnp.int32)  # lengths + 63 could overflow
 
 
-def _plan_balanced(blocks, parts, xp=jnp):
+def _plan_balanced(blocks, parts, *, lists, xp=jnp):
     """Cuts the line of all sequences, each `overhead + blocks` long, into `parts` pieces of equal cost.
 
     Every part finds its own two cuts from the prefix sums, so nothing is sequential. A cut that would leave a piece of
@@ -260,12 +261,39 @@ def _plan_balanced(blocks, parts, xp=jnp):
     last_cut = xp.maximum((blocks[:-1] - MIN_SPLIT_BLOCKS) | 1, 0)
     cuts = xp.minimum((starts[:-1] + last_cut) // step, parts - 1) - first + 1
     split = xp.where(block > 0, p - xp.append(first, 0)[seq] + 1, 0)
-    metadata = xp.stack([seq[:-1], block[:-1], seq[1:], block[1:], split[:-1]], axis=1)
+    none = xp.zeros(parts, xp.int32)
+    metadata = xp.stack([seq[:-1], block[:-1], seq[1:], block[1:], split[:-1], none, none, none], axis=1)
     partials = xp.where(~keep_whole & (cuts > 0), cuts + 1, 0)
     size, even_metadata, even_partials = _plan_even(blocks[:b], parts, xp)
     # A part of the plan above may be longer than its step by what a piece under the minimum adds.
     even = ~keep_whole & (size <= step + MIN_SPLIT_BLOCKS - 1)
-    return xp.where(even, even_metadata, metadata), xp.where(even, even_partials, partials)
+    metadata, partials = xp.where(even, even_metadata, metadata), xp.where(even, even_partials, partials)
+    if not (lists and isinstance(b, int) and parts < b <= min(MOST_LISTED * parts, MAX_LISTED)):
+        return metadata, partials
+    cost, listed_metadata = _plan_lists(blocks[:b], parts)
+    listed = ~keep_whole & (cost <= step + SEQUENCE_OVERHEAD_BLOCKS + SPLIT_PENALTY_BLOCKS)
+    return jnp.where(listed, listed_metadata, metadata), jnp.where(listed, 0, partials)
+
+
+def _plan_lists(blocks, parts):
+    """Whole sequences, a few a part, in turns: the longest that are left go to all parts, the longest of them to the
+    part with the least so far.
+
+    The cost of the longest part, and rows that list what it has: begin_split -1, and end_seq - begin_seq sequences.
+    """
+    b = len(blocks)
+    order = jnp.argsort(-blocks)
+    listed, cost = [], jnp.zeros(parts, jnp.int32)
+    for turn in range(MOST_LISTED):
+        rank = turn * parts + jnp.argsort(jnp.argsort(cost))
+        there = rank < b
+        seq = jnp.where(there, order[jnp.minimum(rank, b - 1)], 0)
+        cost += jnp.where(there, blocks[seq] + SEQUENCE_OVERHEAD_BLOCKS, 0)
+        listed.append((seq, there.astype(jnp.int32)))
+    first, *rest = (seq for seq, _ in listed)
+    end = first + sum(there for _, there in listed)
+    none = jnp.zeros(parts, jnp.int32)
+    return cost.max(), jnp.stack([first, none, end, none, none - 1, *rest], axis=1).astype(jnp.int32)
 
 
 def _plan_even(blocks, parts, xp):
@@ -296,8 +324,8 @@ def _plan_even(blocks, parts, xp):
     used, split = seq < b, part - (ends[seq] - splits[seq])
     last = part + 1 == ends[seq]
     end_seq, end_block = xp.where(last, seq + 1, seq), xp.where(last, 0, (split + 1) * own[seq])
-    rows = seq, split * own[seq], end_seq, end_block, split
-    unused = b, 0, b, 0, 0
+    rows = seq, split * own[seq], end_seq, end_block, split, 0, 0, 0
+    unused = b, 0, b, 0, 0, 0, 0, 0
     metadata = xp.stack([xp.where(used, x, y) for x, y in zip(rows, unused, strict=True)], axis=1)
     return size, metadata, xp.where(splits[:b] > 1, splits[:b], 0)
 
@@ -315,6 +343,7 @@ def _plan_invariant(blocks, parts):
     used = [seq + zero, split * split_blocks, next_seq, jnp.where(last, 0, (split + 1) * split_blocks), split + zero]
     unused = [b + zero, zero, b + zero, zero, zero]
     rows = [jnp.where(split < splits, u, v).reshape(parts) for u, v in zip(used, unused, strict=True)]
+    rows += [jnp.zeros(parts, jnp.int32)] * 3
     splits = splits[:, 0]
     return jnp.stack(rows, axis=1), jnp.where(splits > 1, splits, 0)
 

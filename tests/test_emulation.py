@@ -98,7 +98,7 @@ class ScheduleParams(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cache_seqlens", "metadata", "num_splits")),
         *((name, ctypes.c_int) for name in ("n", "b", "num_parts")),
-        ("batch_invariant", ctypes.c_bool),
+        *((name, ctypes.c_bool) for name in ("batch_invariant", "lists")),
         ("stream", ctypes.c_void_p),
     )
 
@@ -130,12 +130,12 @@ def kernels(tmp_path_factory):
     return loaded
 
 
-def emulate_schedule(kernels, lengths, parts, batch_invariant=False):
+def emulate_schedule(kernels, lengths, parts, batch_invariant=False, lists=False):
     lengths = np.array(lengths, np.int32)
     metadata = np.full((parts, METADATA_WIDTH), -1, np.int32)
     num_splits = np.full(len(lengths) + 1, -1, np.int32)
     pointers = (x.ctypes.data for x in (lengths, metadata, num_splits))
-    params = ScheduleParams(*pointers, 1, len(lengths), parts, batch_invariant, None)
+    params = ScheduleParams(*pointers, 1, len(lengths), parts, batch_invariant, lists, None)
     assert kernels.emulate_schedule(ctypes.byref(params)) is None
     return metadata, num_splits
 
@@ -148,7 +148,7 @@ def emulate_decode(kernels, case, parts, *, batch_invariant=False, exponent=0):
     )
     inputs = q, k_cache, table, lengths
     parts = case.b * MAX_SPLITS if batch_invariant else parts
-    plan = emulate_schedule(kernels, lengths, parts, batch_invariant)
+    plan = emulate_schedule(kernels, lengths, parts, batch_invariant, lists=True)
     group, slots = case.h_q // case.h_kv, max(1, parts - 1 + min(case.b, parts - 1))
     out = np.full((case.b, case.s_q, case.h_q, 512), np.nan, q.dtype)
     lse = np.full((case.b, case.h_q, case.s_q), np.nan, np.float32)
@@ -171,10 +171,11 @@ PLANS = [(name, parts) for name, lengths in BATCHES.items() if 1 <= len(lengths)
 
 
 @pytest.mark.parametrize("name, parts", PLANS)
-def test_schedule(kernels, name, parts):
-    metadata, num_splits = emulate_schedule(kernels, BATCHES[name], parts)
+@pytest.mark.parametrize("lists", (False, True))
+def test_schedule(kernels, name, parts, lists):
+    metadata, num_splits = emulate_schedule(kernels, BATCHES[name], parts, lists=lists)
     lengths = jnp.array(BATCHES[name], jnp.int32)
-    expected = ops.schedule.reference(lengths[None], parts=parts, batch_invariant=False)
+    expected = ops.schedule.reference(lengths[None], parts=parts, batch_invariant=False, lists=lists)
     np.testing.assert_array_equal(metadata, expected[0][0])
     np.testing.assert_array_equal(num_splits, expected[1][0])
 
@@ -205,6 +206,14 @@ def test_split(kernels, h_q, d_qk, batch_invariant):
     lengths = (1300, 65) if batch_invariant else (1300, *EDGES, 1100)
     case = Case("split", lengths, h_q=h_q, d_qk=d_qk, s_q=2, causal=True)
     assert emulate_decode(kernels, case, parts=9, batch_invariant=batch_invariant) >= 2
+
+
+def test_listed_sequences(kernels):
+    """Whole, in another order than theirs, an empty one among them; parts of three and of two."""
+    case = Case("listed", (65, 700, 1300, 450, 700, 1400, 0, 1300), h_q=16, s_q=2, causal=True)
+    metadata, _ = emulate_schedule(kernels, testing.make_inputs(case)[3], 3, lists=True)
+    assert (metadata[:, 4] == -1).all() and sorted(metadata[:, 2] - metadata[:, 0]) == [2, 3, 3]
+    assert emulate_decode(kernels, case, parts=3) == 0
 
 
 @pytest.mark.parametrize("exponent", (-100, 100))

@@ -14,13 +14,14 @@ from jax_flashmla import _native, get_mla_metadata, ops
 from jax_flashmla.ops.schedule import MAX_CONSTANT_PLAN, constant_plan, num_parts
 
 BLOCK, OVERHEAD, PENALTY, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 2, 6, 2, 16, 16
+MOST_LISTED, MAX_LISTED = 4, 1024
 
 
 def blocks_of(length):
     return -(-max(length, 0) // BLOCK)
 
 
-def sequential_plan(lengths, parts):
+def sequential_plan(lengths, parts, lists=True):
     """Cut after cut, in unbounded integers."""
     b = len(lengths)
     blocks = [min(blocks_of(n), 2**29 // max(b, 1)) for n in lengths]
@@ -52,8 +53,11 @@ def sequential_plan(lengths, parts):
     middles = [start + (n + OVERHEAD) / 2 for start, n in zip(starts, blocks, strict=True)]
     owner = [0] + [sum(middle <= min(p * share, total) for middle in middles) for p in range(1, parts)] + [b]
     loads = [sum(n + OVERHEAD for n in blocks[i:j]) for i, j in itertools.pairwise(owner)]
-    if max(loads) <= step + OVERHEAD + PENALTY:
+    limit = step + OVERHEAD + PENALTY
+    if max(loads) <= limit:
         cuts = [(seq, 0) for seq in owner]
+    elif lists and parts < b <= MAX_LISTED and (listed := sequential_listed_plan(blocks, parts, limit)):
+        return listed
     elif even := sequential_even_plan(blocks, parts, step + MIN - 1):
         return even
 
@@ -65,6 +69,21 @@ def sequential_plan(lengths, parts):
         metadata.append([seq, block, *cuts[p + 1], cuts_in[seq] if block else 0, 0, 0, 0])
     num_splits = np.cumsum([0] + [n + 1 if n else 0 for n in cuts_in])
     return np.array(metadata), num_splits
+
+
+def sequential_listed_plan(blocks, parts, limit):
+    """In turns: the longest sequence that is left to the part with the least. None when a part costs more than `limit`
+    or has more than a row can list."""
+    own = [[] for _ in range(parts)]
+    order = sorted(range(len(blocks)), key=lambda seq: -blocks[seq])
+    for start in range(0, len(order), parts):
+        least = sorted(range(parts), key=lambda part: sum(blocks[seq] + OVERHEAD for seq in own[part]))
+        for part, seq in zip(least, order[start : start + parts]):
+            own[part].append(seq)
+    if max(sum(blocks[seq] + OVERHEAD for seq in seqs) for seqs in own) > limit or len(order) > MOST_LISTED * parts:
+        return None
+    rows = [[seqs[0], 0, seqs[0] + len(seqs), 0, -1, *seqs[1:], *[0] * (MOST_LISTED - len(seqs))] for seqs in own]
+    return np.array(rows), np.zeros(len(blocks) + 1, int)
 
 
 def sequential_even_plan(blocks, parts, limit):
@@ -105,18 +124,30 @@ def sequential_invariant_plan(lengths):
     return np.array(metadata), np.cumsum(partials)
 
 
+def pieces_of(row, lengths):
+    """What a part has: sequence, its split, first block, and the block behind the last one."""
+    begin_seq, begin_block, end_seq, end_block, split, *listed = row
+    if split == -1:
+        assert begin_block == end_block == 0
+        count = end_seq - begin_seq
+        return [(seq, 0, 0, blocks_of(lengths[seq])) for seq in [begin_seq, *listed][:count]]
+    assert listed == [0, 0, 0]
+    pieces, seq, block = [], begin_seq, begin_block
+    while (seq, block) < (end_seq, end_block):
+        pieces.append((seq, split, block, end_block if seq == end_seq else max(blocks_of(lengths[seq]), block)))
+        seq, block, split = seq + 1, 0, 0
+    return pieces
+
+
 def check_plan(lengths, metadata, num_splits, *, minimum):
     """Every block once, in splits numbered from 0 and long enough, and a slot for every partial result."""
     metadata, num_splits = np.asarray(metadata), np.asarray(num_splits)
     b = len(lengths)
     splits = [[] for _ in range(b)]
-    for begin_seq, begin_block, end_seq, end_block, split, *rest in metadata.tolist():
-        assert rest == [0, 0, 0]
-        seq, block = begin_seq, begin_block
-        while (seq, block) < (end_seq, end_block):
-            end = end_block if seq == end_seq else max(blocks_of(lengths[seq]), block)
-            splits[seq].append((split, block, end))
-            seq, block, split = seq + 1, 0, 0
+    for row in metadata.tolist():
+        for seq, *piece in pieces_of(row, lengths):
+            splits[seq].append(tuple(piece))
+    splits = [sorted(pieces) for pieces in splits]
     for length, pieces, slots in zip(lengths, splits, np.diff(num_splits), strict=True):
         assert [split for split, _, _ in pieces] == list(range(len(pieces)))  # in order, each exactly once
         edges = [0, *(end for _, _, end in pieces)]
@@ -128,14 +159,14 @@ def check_plan(lengths, metadata, num_splits, *, minimum):
     assert num_splits[0] == 0 and num_splits[-1] <= max(1, parts - 1 + min(b, parts - 1))  # the decode op's workspace
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def jitted(lengths, parts, batch_invariant):
-    metadata, num_splits = ops.schedule(lengths[None], parts=parts, batch_invariant=batch_invariant)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def jitted(lengths, parts, batch_invariant, lists=True):
+    metadata, num_splits = ops.schedule(lengths[None], parts=parts, batch_invariant=batch_invariant, lists=lists)
     return metadata[0], num_splits[0]
 
 
-def plan(lengths, parts):
-    return jitted(jnp.array(lengths, jnp.int32), parts, False)
+def plan(lengths, parts, lists=True):
+    return jitted(jnp.array(lengths, jnp.int32), parts, False, lists)
 
 
 def invariant_plan(lengths):
@@ -145,6 +176,10 @@ def invariant_plan(lengths):
 def random_lengths(b, high, seed):
     rng = np.random.default_rng(seed)
     return (rng.integers(0, high, b) * (rng.random(b) < 0.8)).tolist()
+
+
+def normal_lengths(b):
+    return np.random.default_rng(b).normal(4096, 1500, b).clip(1).astype(int).tolist()
 
 
 BATCHES = {
@@ -160,6 +195,10 @@ BATCHES = {
     "random_512": random_lengths(512, 30000, 0),
     "random_33": random_lengths(33, 3000, 1),
     "random_3": random_lengths(3, 100000, 2),
+    "two_a_part": normal_lengths(264),
+    "three_a_part": normal_lengths(78),
+    "four_a_part": [*range(64, 64 * 104, 64), 0],
+    "five_a_part": normal_lengths(120),
 }
 huge = {
     "int32_max": [2**31 - 1],
@@ -170,9 +209,10 @@ huge = {
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("parts", [1, 26, 132])
-def test_plan(lengths, parts):
-    metadata, num_splits = plan(lengths, parts)
-    expected, expected_splits = sequential_plan(lengths, parts)
+@pytest.mark.parametrize("lists", (False, True))
+def test_plan(lengths, parts, lists):
+    metadata, num_splits = plan(lengths, parts, lists)
+    expected, expected_splits = sequential_plan(lengths, parts, lists)
     np.testing.assert_array_equal(metadata, expected)
     np.testing.assert_array_equal(num_splits, expected_splits)
     check_plan(lengths, metadata, num_splits, minimum=MIN)
@@ -217,14 +257,21 @@ def test_drawn_plans(lengths):
 def test_plan_is_balanced(lengths):
     """No part costs more than the even share, a sequence's start, and the pieces too short to be cut off."""
     parts = 132
-    cost = []
-    for begin_seq, begin_block, end_seq, end_block, *_ in np.asarray(plan(lengths, parts)[0]).tolist():
-        whole = sum(blocks_of(n) + OVERHEAD for n in lengths[begin_seq:end_seq])
-        started = OVERHEAD if (end_block and (begin_seq < end_seq or begin_block)) else 0
-        cost.append(whole - begin_block + end_block + started)
+    metadata = np.asarray(plan(lengths, parts)[0]).tolist()
+    cost = [sum(end - begin + OVERHEAD for *_, begin, end in pieces_of(row, lengths)) for row in metadata]
     total = sum(blocks_of(n) + OVERHEAD for n in lengths)
     share = max(-(-(total + (parts - 1) * OVERHEAD) // parts), MIN + OVERHEAD)
-    assert max(cost) <= share + OVERHEAD + 2 * MIN
+    assert max(cost) <= max(share + OVERHEAD + 2 * MIN, share + PENALTY)
+
+
+@pytest.mark.parametrize(
+    "name, parts", [("two_a_part", 132), ("three_a_part", 26), ("four_a_part", 26), ("five_a_part", 26)]
+)
+def test_unequal_lengths_are_not_split(name, parts):
+    """But where a row cannot list what a part has."""
+    metadata, num_splits = map(np.asarray, plan(BATCHES[name], parts))
+    assert (num_splits[-1] == 0) == (metadata[:, 4] == -1).all() == (name != "five_a_part")
+    assert np.asarray(plan(BATCHES[name], parts, lists=False)[1])[-1] > 0
 
 
 def test_invariant_plan_ignores_the_rest_of_the_batch():
@@ -260,9 +307,14 @@ def test_num_parts_fills_whole_waves(monkeypatch):
 @pytest.mark.parametrize("lengths", (BATCHES | huge).values(), ids=(BATCHES | huge).keys())
 def test_kernel_plans_like_the_reference(lengths, device):
     lengths = jnp.array(lengths, jnp.int32)
-    for parts, batch_invariant in ((1, False), (26, False), (132, False), (len(lengths) * MAX_INVARIANT, True)):
-        got = ops.schedule(lengths[None], parts=parts, batch_invariant=batch_invariant, implementation="cuda")
-        expected = ops.schedule(lengths[None], parts=parts, batch_invariant=batch_invariant, implementation="xla")
+    plans = itertools.product((1, 26, 132), (False,), (False, True))
+    for parts, batch_invariant, lists in (*plans, (len(lengths) * MAX_INVARIANT, True, True)):
+        got = ops.schedule(
+            lengths[None], parts=parts, batch_invariant=batch_invariant, lists=lists, implementation="cuda"
+        )
+        expected = ops.schedule(
+            lengths[None], parts=parts, batch_invariant=batch_invariant, lists=lists, implementation="xla"
+        )
         for x, y in zip(got, expected, strict=True):
             np.testing.assert_array_equal(x, y)
 
@@ -270,8 +322,8 @@ def test_kernel_plans_like_the_reference(lengths, device):
 @pytest.mark.gpu
 def test_kernel_makes_many_plans_at_once(device):
     lengths = jnp.array([random_lengths(40, 20000, seed) for seed in range(300)], jnp.int32)
-    got = ops.schedule(lengths, parts=132, batch_invariant=False, implementation="cuda")
-    expected = ops.schedule(lengths, parts=132, batch_invariant=False, implementation="xla")
+    got = ops.schedule(lengths, parts=132, batch_invariant=False, lists=True, implementation="cuda")
+    expected = ops.schedule(lengths, parts=132, batch_invariant=False, lists=True, implementation="xla")
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -281,8 +333,8 @@ def test_kernel_makes_large_invariant_plans(device):
     """Nothing limits them but the decode kernel's grid: the planner's shared memory is for the balanced ones."""
     lengths = jnp.arange(4095, dtype=jnp.int32) % 3000
     parts = 4095 * MAX_INVARIANT
-    got = ops.schedule(lengths[None], parts=parts, batch_invariant=True, implementation="cuda")
-    expected = ops.schedule(lengths[None], parts=parts, batch_invariant=True, implementation="xla")
+    got = ops.schedule(lengths[None], parts=parts, batch_invariant=True, lists=True, implementation="cuda")
+    expected = ops.schedule(lengths[None], parts=parts, batch_invariant=True, lists=True, implementation="xla")
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -293,7 +345,9 @@ def test_kernel_makes_large_invariant_plans(device):
 def test_constant_plan(b, length, parts):
     """In numpy what the planner makes of equal lengths; what a kernel needs not be told has no elements."""
     lengths, metadata, num_splits = constant_plan(b, length, parts)
-    expected = ops.schedule.reference(jnp.full((1, b), length, jnp.int32), parts=parts, batch_invariant=False)
+    expected = ops.schedule.reference(
+        jnp.full((1, b), length, jnp.int32), parts=parts, batch_invariant=False, lists=False
+    )
     np.testing.assert_array_equal(metadata, expected[0][0])
     assert lengths.size == 0 and metadata.dtype == num_splits.dtype == lengths.dtype == np.int32
     if num_splits.size or expected[1].any():

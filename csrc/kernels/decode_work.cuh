@@ -23,9 +23,17 @@ struct Work {
 };
 
 // The part of the schedule of this CTA. Metadata come from the device and may be anything: no sequence outside of [0, b) survives.
+template <bool kLists = false>
 __device__ __forceinline__ Part load_part(const DecodeParams& p) {
   Part part = p.metadata[blockIdx.z];
   part.begin_seq = max(part.begin_seq, 0);
+  if (kLists && part.begin_split < 0) {
+    const bool good = part.begin_seq < p.b && static_cast<unsigned>(part.end_seq - part.begin_seq) <= kMostListed;
+    part.begin_block = part.end_block = 0, part.end_seq = good ? part.end_seq : part.begin_seq;
+#pragma unroll
+    for (int& seq : part.next) seq = min(max(seq, 0), p.b - 1);
+    return part;
+  }
   if (static_cast<unsigned>(part.end_seq) >= static_cast<unsigned>(p.b)) part.end_seq = min(max(part.end_seq, 0), p.b), part.end_block = 0;
   return part;
 }
@@ -51,17 +59,24 @@ struct Cta {
   // Number of keys that query token `token` sees.
   __device__ int keys_of(int len, int token) const { return p.causal ? min(len, len - p.s_q + token + 1) : len; }
 
-  // Where the piece begins unless the sequence ends before: known before its length is. A made-up begin_block must not overflow the token count.
-  __device__ int first_block(int seq) const { return seq == part.begin_seq ? min(max(part.begin_block, 0), p.max_len / kBlockTokens) : 0; }
+  // The sequence of a piece: `at` counts from part.begin_seq to last_seq(), which are numbers of sequences where the part is no list.
+  __device__ int sequence(int at) const {
+    const int i = at - part.begin_seq;
+    return part.begin_split >= 0 || i == 0 ? at : i == 1 ? part.next[0] : i == 2 ? part.next[1] : part.next[2];
+  }
 
-  __device__ Work work(int seq) const {
+  // Where the piece begins unless the sequence ends before: known before its length is. A made-up begin_block must not overflow the token count.
+  __device__ int first_block(int at) const { return at == part.begin_seq ? min(max(part.begin_block, 0), p.max_len / kBlockTokens) : 0; }
+
+  __device__ Work work(int at) const { return work(at, at); }
+  __device__ Work work(int at, int seq) const {
     Work w{seq, p.cache_seqlens ? min(max(p.cache_seqlens[seq], 0), p.max_len) : p.max_len};
     const int keys = max(keys_of(w.len, last_token), 0);
     const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
-    w.end = seq == part.end_seq ? min(part.end_block, blocks) : blocks;
-    w.begin = min(first_block(seq), max(w.end, 0));
+    w.end = at == part.end_seq ? min(part.end_block, blocks) : blocks;
+    w.begin = min(first_block(at), max(w.end, 0));
     const int first = p.num_splits ? p.num_splits[seq] : 0, partials = p.num_splits ? p.num_splits[seq + 1] - first : 0;
-    w.slot = partials > 0 ? first + (seq == part.begin_seq ? part.begin_split : 0) : -1;
+    w.slot = partials > 0 ? first + (at == part.begin_seq ? part.begin_split : 0) : -1;
     return w;
   }
 };

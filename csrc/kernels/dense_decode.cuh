@@ -70,29 +70,29 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   named_sync(kProducersReady, kWarpgroup);
   wait_for_predecessor();
   // The longest chain of loads at the start of a CTA: part, then length and pages, then keys.
-  part = load_part(p);
+  part = load_part<true>(p);
   if (warp == 0 && lane == 0) smem.part = part;
   named_arrive(kStart, kThreads);
   if (lane != 0) return;
   Work w;
   Pages pages;
-  auto prepare = [&](int seq) {
-    w = cta.work(seq);
-    pages = load_pages(p, w, cta.first_block(seq) + slot, tokens);  // as w.begin, where there is any block, but not behind the length's load
+  auto prepare = [&](int at) {
+    w = cta.work(at, cta.sequence(at));
+    pages = load_pages(p, w, cta.first_block(at) + slot, tokens);  // as w.begin, where there is any block, but not behind the length's load
   };
   uint32_t k_phase = 1, q_phase = 1;
-  for (int seq = part.begin_seq; seq <= cta.last_seq(); ++seq) {
-    prepare(seq);
+  for (int at = part.begin_seq; at <= cta.last_seq(); ++at) {
+    prepare(at);
     // Queries before keys: nothing begins without them, and they would wait behind megabytes of keys.
     barrier_wait(smem.q_empty, q_phase);
     q_phase ^= 1;
     if (warp == 0) smem.work = w;  // published by the barrier
     barrier_expect(smem.q_full, 2 * kSubTileBytes);
-    load_q<2>(q_map, smem.q_full, smem.q[2 * warp], cta, seq, 2 * warp);
+    load_q<2>(q_map, smem.q_full, smem.q[2 * warp], cta, w.seq, 2 * warp);
 
     // All CTAs of a card start at once, and the memory is the bottleneck until their slots are full: slot 0 goes first, so that work can begin. The barrier is
     // not a phase further by then: the right half of slot 0 is refilled only after slot 1 was read.
-    if (slot == 1 && seq == part.begin_seq && w.begin + 1 < w.end) barrier_wait(smem.k_full[0][Tr::kHalf], 0);
+    if (slot == 1 && at == part.begin_seq && w.begin + 1 < w.end) barrier_wait(smem.k_full[0][Tr::kHalf], 0);
     for (int block = w.begin + slot; block < w.end; block += 2) {
       barrier_wait(smem.k_empty[slot][half], k_phase);
       k_phase ^= 1;

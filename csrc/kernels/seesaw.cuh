@@ -234,14 +234,15 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
 
   if (Tr::kAsked && cta.part.begin_seq <= cta.last_seq() && cta.work(cta.part.begin_seq).blocks() > wg) ask(wg);
   if (Tr::kRope && cta.part.begin_seq <= cta.last_seq()) load_rope(q_rope, cta, cta.part.begin_seq, index(0), index(1), lane);
-  for (int seq = cta.part.begin_seq; seq <= cta.last_seq(); ++seq) {
+  for (int at = cta.part.begin_seq; at <= cta.last_seq(); ++at) {
     barrier_wait(smem.q_full, q_phase);
     q_phase ^= 1;
     const Work w = smem.work;
+    const int seq = Tr::kGathered ? at : w.seq;
     const int next_blocks = Tr::kAsked ? smem.next_blocks : 0;
     // Combine takes an SM when it is free, and waits there for the end of this kernel: early, where launching it would show. Never before this kernel's own
     // wait: combine reads the plan at once.
-    if (seq == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
+    if (at == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
 #pragma unroll
     for (int r = 0; r < 2; ++r) reference[r] = largest[r] = -INFINITY, sum[r] = 0.f;
     const int limit[2] = {cta.keys_of(w.len, token[0]), cta.keys_of(w.len, token[1])};
@@ -250,7 +251,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     // Q is no longer needed: lets the producer copy the next sequence's, and fetches the next rope part behind what is left of this piece.
     auto release_q = [&] {
       arrive(smem.q_empty);
-      if (Tr::kRope && seq < cta.last_seq()) load_rope(q_rope, cta, seq + 1, index(0), index(1), lane);
+      if (Tr::kRope && at < cta.last_seq()) load_rope(q_rope, cta, Tr::kGathered ? at + 1 : cta.sequence(at + 1), index(0), index(1), lane);
     };
     auto mask = [&](int block, typename Tr::Valid valid) {
       if constexpr (Tr::kGathered) {
@@ -393,7 +394,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     }
 
     if (Tr::kAsked && wg == 0 && next_blocks > 0) ask(0);
-    if (seq == cta.last_seq()) let_successor_start();
+    if (at == cta.last_seq()) let_successor_start();
     // Both warpgroups hold the same reference; each summed its own blocks.
     auto& row_sum = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
 #pragma unroll
@@ -402,7 +403,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       if ((lane & 3) == 0) row_sum[wg][tile_row[r]] = sum[r];
     }
     if constexpr (Tr::kPrefill) {  // warpgroup 0 gives its largest scores where only it reads, when the last piece's have been read
-      if (wg == 0 && seq > cta.part.begin_seq) named_sync(kLargestRead, kComputeThreads);
+      if (wg == 0 && at > cta.part.begin_seq) named_sync(kLargestRead, kComputeThreads);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         largest[r] = quad_max(largest[r]);
@@ -432,7 +433,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         }
       }
     }
-    if (Tr::kPrefill && wg == 1 && seq < cta.last_seq()) named_arrive(kLargestRead, kComputeThreads);
+    if (Tr::kPrefill && wg == 1 && at < cta.last_seq()) named_arrive(kLargestRead, kComputeThreads);
     if (w.slot < 0) {  // through P, which is free: both warpgroups are through with their last products
       if (Tr::kGathered && wg == 1) named_sync(kStored, kComputeThreads);
       T* out = static_cast<T*>(p.out) + cta.first_index(seq) * kDv + wg * (kDv / 2);

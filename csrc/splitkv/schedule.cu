@@ -2,7 +2,8 @@
 // jax_flashmla/reference.py, which tells the rule in words.
 //
 // One CTA per plan. Costs are prefix-summed into shared memory; every part then finds its own boundary by binary search: no loop is longer than b / 512 or
-// log2. Where whole sequences balance nearly as well, none is split; where pieces of one size do, every part is one piece.
+// log2. Where whole sequences balance nearly as well, in the order in which they come or by their lengths, none is split; where pieces of one size do, every
+// part is one piece.
 //
 // It is bound by instructions: every warp issues all of them, and few are executed twice. Hence no more warps than sequences are worth, and no unrolling.
 #include <cuda_runtime_api.h>
@@ -19,6 +20,7 @@ constexpr int kSequenceOverhead = 2;    // what a piece costs besides its blocks
 constexpr int kSplitPenalty = 6;        // blocks; what partial results and merging them cost the whole batch
 constexpr int kMinSplit = 2;            // blocks; a pair is what the kernel works on
 constexpr int kMinInvariantSplit = 16;  // batch-invariant plans: the length alone decides
+constexpr int kMaxListed = 1024;        // sequences whose order is looked for: every one is compared with every other
 
 struct Boundary {
   int seq, block;
@@ -117,6 +119,38 @@ __device__ bool plan_even(const ScheduleParams& p, const int* lens, Part* parts,
   return true;
 }
 
+// Whole sequences, a few a part, in turns: the longest that are left go to all parts, the longest of them to the part with the least so far, and so on.
+// False, and nothing done, where a part costs more than `limit`.
+__device__ bool plan_lists(const ScheduleParams& p, const int* prefix, Part* parts, int* num_splits, int limit) {
+  __shared__ int order[kMaxListed], costs[kThreads];  // the longest sequence first; of the parts so far
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.b; i += kThreads) {
+    const int own = prefix[i + 1] - prefix[i];
+    int rank = 0;
+    for (int j = 0, before = prefix[0]; j < p.b; ++j) {
+      const int after = prefix[j + 1], other = after - before;
+      rank += other > own || (other == own && j < i);
+      before = after;
+    }
+    order[rank] = i;
+  }
+  const int part = threadIdx.x;
+  int seq[kMostListed] = {}, count = 0, cost = 0;
+#pragma unroll
+  for (int turn = 0; turn < kMostListed; ++turn) {
+    costs[part] = cost;
+    __syncthreads();
+    int rank = turn * p.num_parts;
+    for (int j = 0; j < p.num_parts; ++j) rank += costs[j] < cost || (costs[j] == cost && j < part);
+    if (part < p.num_parts && rank < p.b) seq[turn] = order[rank], ++count, cost += prefix[seq[turn] + 1] - prefix[seq[turn]];
+    __syncthreads();
+  }
+  if (__syncthreads_or(cost > limit)) return false;
+  if (part < p.num_parts) parts[part] = {seq[0], 0, seq[0] + count, 0, -1, {seq[1], seq[2], seq[3]}};
+  for (int i = threadIdx.x; i <= p.b; i += kThreads) num_splits[i] = 0;
+  return true;
+}
+
 __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* parts, int* num_splits, int* shared) {
   int* prefix = shared;                                                                           // [b + 1] cost before each sequence
   int* whole = prefix + p.b + 1;                                                                  // [num_parts + 1] the cuts that split nothing
@@ -152,6 +186,8 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
     unbalanced |= prefix[whole[part + 1]] - prefix[whole[part]] > step + kSequenceOverhead + kSplitPenalty;
   const bool split = __syncthreads_or(unbalanced);
+  const bool few = p.num_parts <= kThreads && p.b > p.num_parts && p.b <= min(kMostListed * p.num_parts, kMaxListed);
+  if (split && p.lists && few && plan_lists(p, prefix, parts, num_splits, step + kSequenceOverhead + kSplitPenalty)) return;
   // A part of the plan with equal steps may be longer than its step by what a piece under the minimum adds.
   if (split && p.b <= p.num_parts && plan_even(p, lens, parts, num_splits, total - p.b * kSequenceOverhead, cap, step + kMinSplit - 1, prefix)) return;
 
@@ -189,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     plan_balanced(p, lens, parts, num_splits, shared);
 }
 
-constexpr int kMaxShared = 226 * 1024;  // dynamic; the rest of a CTA's 227 KB is for the scans
+constexpr int kMaxShared = 220 * 1024;  // dynamic; the rest of a CTA's 227 KB is for the scans and the order
 
 size_t shared_bytes(int b, int num_parts) { return size_t(b + num_parts + 3) * sizeof(int) + size_t(num_parts + 1) * sizeof(Boundary); }
 

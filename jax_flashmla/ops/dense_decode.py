@@ -26,7 +26,7 @@ def cuda(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softma
     if metadata.shape[0] == 0:  # no plan given: make it here, after vmap has folded its axes into b
         lengths = reference.clamp_lengths(cache_seqlens, block_table, page_size)
         parts = num_parts(b, rows, h_kv)
-        metadata, num_splits = (x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False))
+        metadata, num_splits = (x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False, lists=True))
     operands = q, k_cache, block_table, cache_seqlens, metadata, num_splits
     results = shapes(*operands, softmax_scale=softmax_scale, causal=causal)
     call = jax.ffi.ffi_call(TARGET, results + workspaces(b, rows, h_kv, metadata.shape[0]))
@@ -47,7 +47,7 @@ def batch(bind, size, operands, mapped):
     b = q.shape[1]
     # Element e's sequences become e*b ... e*b + b - 1 of one batch: its plan moves along, and so do its partial slots.
     first_seq = b * jnp.arange(size, dtype=jnp.int32)[:, None, None]
-    is_seq = jnp.array([1, 0, 1, 0, 0, 0, 0, 0], jnp.int32)
+    is_seq = jnp.array([1, 0, 1, 0, 0, 1, 1, 1], jnp.int32)
     metadata = (metadata + first_seq * is_seq).reshape(-1, METADATA_WIDTH)
     if num_splits.shape[1]:
         ends = jnp.cumsum(num_splits[:, -1:], axis=0, dtype=jnp.int32)

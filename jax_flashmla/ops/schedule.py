@@ -55,7 +55,7 @@ def constant_plan(b: int, length: int, parts: int) -> tuple[np.ndarray, np.ndarr
     return nothing, metadata, num_splits[None] if num_splits[-1] else nothing
 
 
-def shapes(cache_seqlens, *, parts, batch_invariant):
+def shapes(cache_seqlens, *, parts, batch_invariant, lists):
     n, b = cache_seqlens.shape
     return [
         jax.ShapeDtypeStruct((n, parts, METADATA_WIDTH), jnp.int32),
@@ -63,9 +63,9 @@ def shapes(cache_seqlens, *, parts, batch_invariant):
     ]
 
 
-def cuda(cache_seqlens, *, parts, batch_invariant):
-    results = shapes(cache_seqlens, parts=parts, batch_invariant=batch_invariant)
-    return jax.ffi.ffi_call(TARGET, results)(cache_seqlens, batch_invariant=batch_invariant)
+def cuda(cache_seqlens, *, parts, **attributes):
+    results = shapes(cache_seqlens, parts=parts, **attributes)
+    return jax.ffi.ffi_call(TARGET, results)(cache_seqlens, **attributes)
 
 
 def batch(bind, size, operands, mapped):
@@ -82,6 +82,7 @@ def unsupported(cache_seqlens):
 
 
 # Operands are n independent batches, so that vmap makes n plans in one launch; the public function has n = 1.
+# lists: parts may list whole sequences in any order, which dense decode understands.
 schedule = define(
     "schedule",
     target=TARGET,

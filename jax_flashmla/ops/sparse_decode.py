@@ -45,7 +45,7 @@ def cuda(
     plan = constant_plan(tokens, keys, parts)
     if plan is None:
         lengths = jnp.broadcast_to(jnp.asarray(keys, jnp.int32), tokens)
-        plan = lengths, *(x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False))
+        plan = lengths, *(x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False, lists=False))
     operands = q, k_cache, indices, topk_length, attn_sink, extra_k_cache, extra_indices, extra_topk_length, *plan
     results = shapes(q, softmax_scale=softmax_scale) + workspaces(tokens, h_q, 1, parts)
     out, lse, *_ = jax.ffi.ffi_call(TARGET, results)(*operands, softmax_scale=np.float32(softmax_scale))

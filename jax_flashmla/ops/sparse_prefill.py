@@ -46,7 +46,7 @@ def cuda(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
         if isinstance(lists, int):
             lengths = jnp.pad(lengths, (0, plans * chunk - lists))
         lengths = lengths.reshape(plans, chunk)
-        plan = lengths, *schedule(lengths, parts=parts, batch_invariant=False)
+        plan = lengths, *schedule(lengths, parts=parts, batch_invariant=False, lists=False)
     room = workspaces(chunk, group, 1, parts)
     room.append(jax.ShapeDtypeStruct((room[0].shape[0], group), jnp.float32))  # the largest scores
     call = jax.ffi.ffi_call(TARGET, shapes(q, softmax_scale=softmax_scale) + room)
