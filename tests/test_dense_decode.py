@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import export
 
-from jax_flashmla import EXPORT_SAFE, flash_mla_with_kvcache, get_mla_metadata, testing
+from jax_flashmla import EXPORT_SAFE, flash_mla_with_kvcache, get_mla_metadata, ops, testing
 from jax_flashmla.cases import BY_NAME, CASES, IRREGULAR, Case
 
 pytestmark = pytest.mark.gpu
@@ -200,7 +200,7 @@ def test_one_plan_serves_all_layers():
         assert_same_bits(got, decode(inputs))
 
 
-@pytest.mark.parametrize("garbage", ["random", "huge", "negative", "late", "last", "stale"])
+@pytest.mark.parametrize("garbage", ["random", "listed", "huge", "negative", "late", "last", "stale"])
 def test_garbage_plans_do_not_crash(garbage):
     """The result is meaningless then, but nothing is read or written out of bounds, and the next call is right."""
     case = BY_NAME["irregular_128"]
@@ -211,6 +211,10 @@ def test_garbage_plans_do_not_crash(garbage):
     if garbage == "random":
         metadata = rng.integers(-20, 20, metadata.shape, np.int32)
         num_splits = rng.integers(-20, 200, num_splits.shape, np.int32)
+    elif garbage == "listed":
+        metadata = rng.integers(bits.min, bits.max, metadata.shape, np.int32)
+        metadata[:, 0], metadata[:, 4] = rng.integers(-2, case.b + 2, len(metadata)), -1
+        metadata[::2, 2] = metadata[::2, 0] + rng.integers(-1, 6, len(metadata[::2]))
     elif garbage == "huge":
         metadata, num_splits = np.full_like(metadata, bits.max), np.full_like(num_splits, bits.max)
     elif garbage == "negative":
@@ -223,6 +227,38 @@ def test_garbage_plans_do_not_crash(garbage):
         metadata, num_splits = get_mla_metadata(longer, 128, 1)
     jax.block_until_ready(flash_mla_with_kvcache(*inputs, 512, metadata, num_splits, implementation="cuda"))
     check(decode(inputs), inputs, causal=False)
+
+
+LISTED = (65, 700, 1300, 450, 700, 1400, 0, 1300)  # three parts list them
+
+
+@pytest.mark.parametrize("s_q, h_q, dtype", [(1, 16, "bfloat16"), (3, 65, "bfloat16"), (2, 16, "float16")])
+def test_parts_that_list_sequences(s_q, h_q, dtype):
+    case = Case("listed", LISTED, s_q, h_q, causal=s_q > 1, dtype=dtype)
+    inputs = on_gpu(testing.make_inputs(case))
+    lengths = jnp.stack([inputs.cache_seqlens, inputs.cache_seqlens[::-1]])
+    metadata, num_splits = ops.schedule(lengths, parts=3, batch_invariant=False, lists=True)
+    assert (metadata[..., 4] == -1).all() and not num_splits.any()
+
+    def one(q, table, lengths, *plan):
+        return flash_mla_with_kvcache(
+            q, inputs.k_cache, table, lengths, 512, *plan, causal=case.causal, implementation="cuda"
+        )
+
+    got = one(inputs.q, inputs.block_table, lengths[0], metadata[0], num_splits[0])
+    check(got, inputs, causal=case.causal, against=decode(inputs, case.causal, "xla"))
+    both = [jnp.stack([x, x[::-1]]) for x in (inputs.q, inputs.block_table)]
+    mapped = jax.vmap(one)(*both, lengths, metadata, num_splits)
+    assert_same_bits([x[0] for x in mapped], got)
+    assert_same_bits([x[1][::-1] for x in mapped], got)
+
+
+def test_unequal_lengths_are_listed():
+    """As many sequences as a server has, and the plan of this card."""
+    lengths = np.random.default_rng(0).normal(700, 150, 132).clip(1).astype(int)
+    inputs = on_gpu(testing.make_inputs(Case("served", tuple(lengths.tolist()), h_q=65)))
+    assert (get_mla_metadata(inputs.cache_seqlens, 65, 1)[0][:, 4] == -1).all()
+    check(decode(inputs, batch_invariant=False), inputs, causal=False, against=decode(inputs, implementation="xla"))
 
 
 @pytest.mark.parametrize("plan", ["inside", "mapped", "shared"])
