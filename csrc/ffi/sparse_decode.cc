@@ -24,7 +24,7 @@ static ffi::Error set_source(SparseSource& source, const SparseDecodeParams& p, 
   source.cache = pool.data;
   source.page_size = pool.page_size, source.page_bytes = pool.page_bytes, source.slots = int64_t(pool.num_pages) * pool.page_size;
   source.indices = indices.typed_data();
-  source.topk_length = topk_length.element_count() ? topk_length.typed_data() : nullptr;
+  source.topk_length = data_or_null(topk_length);
   source.topk = int(id[2]);
   return ffi::Error::Success();
 }
@@ -56,9 +56,9 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
       "sparse_decode: partial_out [slots, 1, h_q rounded up to 16, 512], partial_stats [slots, 1, h_q, 4]");
   SparseDecodeParams p{};
   p.q = q.untyped_data();
-  p.cache_seqlens = equal ? nullptr : cache_seqlens.typed_data();
+  p.cache_seqlens = data_or_null(cache_seqlens);
   p.metadata = reinterpret_cast<const Part*>(metadata.typed_data());
-  p.num_splits = num_splits.element_count() ? num_splits.typed_data() : nullptr;
+  p.num_splits = data_or_null(num_splits);
   p.out = out->untyped_data();
   p.lse = lse->typed_data();
   p.partial_out = partial_out->untyped_data();
@@ -69,7 +69,7 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
   p.softmax_scale = softmax_scale;
   p.dtype = q.element_type() == ffi::BF16 ? Dtype::kBF16 : Dtype::kF16;
   p.stream = stream;
-  p.attn_sink = attn_sink.element_count() ? attn_sink.typed_data() : nullptr;
+  p.attn_sink = data_or_null(attn_sink);
   p.tokens = int(s_q);
   p.format = !fp8 ? KVFormat::kPlain : d_qk == 576 ? KVFormat::kFp8V32 : KVFormat::kFp8V4;
   if (ffi::Error error = set_source(p.sources[0], p, k_cache, indices, topk_length); error.failure()) return error;

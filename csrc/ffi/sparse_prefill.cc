@@ -60,7 +60,7 @@ static ffi::Error SparsePrefillImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuf
   p.softmax_scale = softmax_scale;
   p.dtype = Dtype::kBF16, p.format = pool.format;
   p.stream = stream;
-  p.attn_sink = attn_sink.element_count() ? attn_sink.typed_data() : nullptr;
+  p.attn_sink = data_or_null(attn_sink);
   SparseSource& source = p.sources[0];
   source.cache = pool.data;
   source.page_size = pool.page_size, source.page_bytes = pool.page_bytes, source.slots = int64_t(pool.num_pages) * pool.page_size;
@@ -72,11 +72,11 @@ static ffi::Error SparsePrefillImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuf
     p.out = static_cast<uint16_t*>(out->untyped_data()) + first * group * kDv;
     p.lse = lse->typed_data() + first * group;
     p.max_logits = max_logits->typed_data() + first * group;
-    p.cache_seqlens = equal ? nullptr : cache_seqlens.typed_data() + first;
+    p.cache_seqlens = data_or_null(cache_seqlens, first);
     p.metadata = reinterpret_cast<const Part*>(metadata.typed_data()) + i * parts;
-    p.num_splits = num_splits.element_count() ? num_splits.typed_data() + i * (chunk + 1) : nullptr;
+    p.num_splits = data_or_null(num_splits, i * (chunk + 1));
     source.indices = indices.typed_data() + first * id[2];
-    source.topk_length = topk_length.element_count() ? topk_length.typed_data() + first : nullptr;
+    source.topk_length = data_or_null(topk_length, first);
     FFI_LAUNCH(run_sparse_prefill(p));
   }
   return ffi::Error::Success();

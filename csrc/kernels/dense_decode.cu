@@ -13,7 +13,7 @@ Status run_dense_decode(const DenseDecodeParams& p) {
   const auto launcher = bf16 ? (rope ? launch_dense_decode<__nv_bfloat16, 576> : launch_dense_decode<__nv_bfloat16, 512>)
                              : (rope ? launch_dense_decode<__half, 576> : launch_dense_decode<__half, 512>);
   if (Status error = launcher(p)) return error;
-  return p.num_parts > 1 ? run_combine(p) : nullptr;  // one part splits nothing
+  return run_combine(p);
 }
 
 }  // namespace jax_flashmla

@@ -16,7 +16,7 @@ Status run_sparse_decode(const SparseDecodeParams& p) {
                         : p.format == KVFormat::kFp8V4 ? launch_sparse_decode<__nv_bfloat16, 512, KVFormat::kFp8V4>
                                                        : plain;
   if (Status error = launcher(p)) return error;
-  return p.num_parts > 1 && p.num_splits ? run_combine(p) : nullptr;  // one part splits nothing
+  return run_combine(p);
 }
 
 }  // namespace jax_flashmla

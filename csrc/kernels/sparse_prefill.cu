@@ -12,7 +12,7 @@ Status run_sparse_prefill(const SparsePrefillParams& p) {
                         : p.d_qk > kDv                ? launch_sparse_prefill<__nv_bfloat16, 576, KVFormat::kPlain>
                                                       : launch_sparse_prefill<__nv_bfloat16, 512, KVFormat::kPlain>;
   if (Status error = launcher(p)) return error;
-  return p.num_parts > 1 && p.num_splits ? run_combine(p) : nullptr;  // one part splits nothing
+  return run_combine(p);
 }
 
 }  // namespace jax_flashmla

@@ -19,7 +19,7 @@ const char* emulate_schedule(const ScheduleParams* p) { return run_schedule(*p);
 const char* emulate_dense_decode(const DenseDecodeParams* p) {
   if (Status error = p->d_qk == 576 ? dense_decode::launch_dense_decode<__nv_bfloat16, 576>(*p) : dense_decode::launch_dense_decode<__nv_bfloat16, 512>(*p))
     return error;
-  return p->num_parts > 1 ? run_combine(*p) : nullptr;
+  return run_combine(*p);
 }
 const char* emulate_sparse_decode(const SparseDecodeParams* p) {
   using sparse_decode::launch_sparse_decode;
@@ -28,7 +28,7 @@ const char* emulate_sparse_decode(const SparseDecodeParams* p) {
                         : p->d_qk == 576                ? launch_sparse_decode<__nv_bfloat16, 576, KVFormat::kPlain>
                                                         : launch_sparse_decode<__nv_bfloat16, 512, KVFormat::kPlain>;
   if (Status error = launcher(*p)) return error;
-  return p->num_parts > 1 && p->num_splits ? run_combine(*p) : nullptr;
+  return run_combine(*p);
 }
 const char* emulate_sparse_prefill(const SparsePrefillParams* p) { return run_sparse_prefill(*p); }
 const char* emulate_combine(const DecodeParams* p) { return run_combine(*p); }
