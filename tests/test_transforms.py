@@ -13,7 +13,15 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flashmla import EXPORT_SAFE, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, kvcache, testing
+from jax_flashmla import (
+    EXPORT_SAFE,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    kvcache,
+    ops,
+    testing,
+)
 from jax_flashmla._primitive import OPS
 from jax_flashmla.cases import Case
 from jax_flashmla.ops.append import batch as fold_append
@@ -225,6 +233,21 @@ def test_vmap_folds_the_plan(share_plan, batch_invariant):
     np.testing.assert_array_equal(folded_splits, expected_splits)
 
 
+def test_vmap_folds_lists_of_sequences():
+    lengths = jnp.array([[65, 700, 1300, 450, 700, 1400, 0, 1300]] * 2, jnp.int32)
+    metadata, num_splits = ops.schedule(lengths, parts=3, batch_invariant=False, lists=True)
+    seen = []
+
+    def bind(*operands):
+        seen.extend(operands)
+        return [operands[0]]
+
+    q, table = jnp.zeros((2, 8, 1, 1, 1), jnp.float32), jnp.zeros((8, 2), jnp.int32)
+    fold_decode(bind, 2, (q, q[0], table, lengths, metadata, num_splits), [True, False, False, True, True, True])
+    assert (metadata[..., 4] == -1).all() and not seen[5].any()
+    np.testing.assert_array_equal(seen[4][3:] - seen[4][:3], np.tile([8, 0, 8, 0, 0, 8, 8, 8], (3, 1)))
+
+
 def mesh(kind):
     return jax.make_mesh((4,), ("x",), axis_types=(kind,), devices=jax.devices("cpu")[:4])
 
@@ -339,7 +362,7 @@ def test_cuda_lowering_on_a_cpu_machine(cuda_build):
     assert re.search(r"softmax_scale = 0\.0416\d*(e-?\d+)? : f32", call)
     assert "(tensor<4x2x8x576xbf16>" in call
     # 132 parts on an assumed H200: 131 inner boundaries and at most one more partial result per sequence.
-    assert "tensor<4x2x8x512xbf16>, tensor<4x8x2xf32>, tensor<135x1x16x512xf32>, tensor<135x1x16x2xf32>" in call
+    assert "tensor<4x2x8x512xbf16>, tensor<4x8x2xf32>, tensor<135x1x16x512xf16>, tensor<135x1x16x4xf32>" in call
 
 
 def test_cuda_lowering_plans_when_no_plan_is_given(cuda_build):

@@ -47,7 +47,8 @@ def batch(bind, size, operands, mapped):
     b = q.shape[1]
     # Element e's sequences become e*b ... e*b + b - 1 of one batch: its plan moves along, and so do its partial slots.
     first_seq = b * jnp.arange(size, dtype=jnp.int32)[:, None, None]
-    is_seq = jnp.array([1, 0, 1, 0, 0, 1, 1, 1], jnp.int32)
+    is_seq = jnp.array([[1, 0, 1, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1, 1, 1]], jnp.int32)  # of a range, of a list
+    is_seq = is_seq[(metadata[..., 4] < 0).astype(jnp.int32)]
     metadata = (metadata + first_seq * is_seq).reshape(-1, METADATA_WIDTH)
     if num_splits.shape[1]:
         ends = jnp.cumsum(num_splits[:, -1:], axis=0, dtype=jnp.int32)
