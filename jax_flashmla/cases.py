@@ -5,6 +5,7 @@ from typing import NamedTuple
 # Around every edge of a 64-token block, nothing, and a long one; repeated to fill a batch.
 EDGES = (0, 1, 63, 64, 65, 140)
 IRREGULAR = (517, 0, 1023, 64, 330, 1, 771, 129)
+LISTED = (65, 700, 1300, 450, 700, 1400, 0, 1300)  # a plan of three parts lists them
 
 
 class Case(NamedTuple):

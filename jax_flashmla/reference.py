@@ -253,7 +253,8 @@ def _plan_balanced(blocks, parts, *, lists, xp=jnp):
     whole = (starts[:b] + ends[:b] <= 2 * share[:, None]).sum(axis=1, dtype=xp.int32)
     whole = xp.where(p == parts, b, whole)
     longest = xp.diff(starts[whole]).max()
-    keep_whole = longest <= step + SEQUENCE_OVERHEAD_BLOCKS + SPLIT_PENALTY_BLOCKS
+    limit = step + SEQUENCE_OVERHEAD_BLOCKS + SPLIT_PENALTY_BLOCKS  # what a part of whole sequences may cost
+    keep_whole = longest <= limit
     seq, block = xp.where(keep_whole, whole, seq), xp.where(keep_whole, 0, block)
 
     # Parts that begin inside of a sequence: their steps fall between its first and its last possible cut.
@@ -271,7 +272,7 @@ def _plan_balanced(blocks, parts, *, lists, xp=jnp):
     if not (lists and isinstance(b, int) and parts < b <= min(MOST_LISTED * parts, MAX_LISTED)):
         return metadata, partials
     cost, listed_metadata = _plan_lists(blocks[:b], parts)
-    listed = ~keep_whole & (cost <= step + SEQUENCE_OVERHEAD_BLOCKS + SPLIT_PENALTY_BLOCKS)
+    listed = ~keep_whole & (cost <= limit)
     return jnp.where(listed, listed_metadata, metadata), jnp.where(listed, 0, partials)
 
 

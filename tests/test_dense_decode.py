@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import export
 
 from jax_flashmla import EXPORT_SAFE, flash_mla_with_kvcache, get_mla_metadata, ops, testing
-from jax_flashmla.cases import BY_NAME, CASES, IRREGULAR, Case
+from jax_flashmla.cases import BY_NAME, CASES, IRREGULAR, LISTED, Case
 
 pytestmark = pytest.mark.gpu
 
@@ -227,9 +227,6 @@ def test_garbage_plans_do_not_crash(garbage):
         metadata, num_splits = get_mla_metadata(longer, 128, 1)
     jax.block_until_ready(flash_mla_with_kvcache(*inputs, 512, metadata, num_splits, implementation="cuda"))
     check(decode(inputs), inputs, causal=False)
-
-
-LISTED = (65, 700, 1300, 450, 700, 1400, 0, 1300)  # three parts list them
 
 
 @pytest.mark.parametrize("s_q, h_q, dtype", [(1, 16, "bfloat16"), (3, 65, "bfloat16"), (2, 16, "float16")])

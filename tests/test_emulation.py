@@ -21,7 +21,7 @@ from test_schedule import BATCHES
 from test_sparse_reference import FORMATS, make_cache, make_indices, sparse_f64
 
 from jax_flashmla import kvcache, ops, reference, testing
-from jax_flashmla.cases import BY_NAME, EDGES, Case
+from jax_flashmla.cases import BY_NAME, EDGES, LISTED, Case
 from jax_flashmla.ops.schedule import MAX_SPLITS, METADATA_WIDTH
 
 HERE = Path(__file__).parent
@@ -210,7 +210,7 @@ def test_split(kernels, h_q, d_qk, batch_invariant):
 
 def test_listed_sequences(kernels):
     """Whole, in another order than theirs, an empty one among them; parts of three and of two."""
-    case = Case("listed", (65, 700, 1300, 450, 700, 1400, 0, 1300), h_q=16, s_q=2, causal=True)
+    case = Case("listed", LISTED, h_q=16, s_q=2, causal=True)
     metadata, _ = emulate_schedule(kernels, testing.make_inputs(case)[3], 3, lists=True)
     assert (metadata[:, 4] == -1).all() and sorted(metadata[:, 2] - metadata[:, 0]) == [2, 3, 3]
     assert emulate_decode(kernels, case, parts=3) == 0

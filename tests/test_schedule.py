@@ -261,7 +261,7 @@ def test_plan_is_balanced(lengths):
     cost = [sum(end - begin + OVERHEAD for *_, begin, end in pieces_of(row, lengths)) for row in metadata]
     total = sum(blocks_of(n) + OVERHEAD for n in lengths)
     share = max(-(-(total + (parts - 1) * OVERHEAD) // parts), MIN + OVERHEAD)
-    assert max(cost) <= max(share + OVERHEAD + 2 * MIN, share + PENALTY)
+    assert max(cost) <= share + OVERHEAD + 2 * MIN
 
 
 @pytest.mark.parametrize(

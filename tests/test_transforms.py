@@ -23,7 +23,7 @@ from jax_flashmla import (
     testing,
 )
 from jax_flashmla._primitive import OPS
-from jax_flashmla.cases import Case
+from jax_flashmla.cases import LISTED, Case
 from jax_flashmla.ops.append import batch as fold_append
 from jax_flashmla.ops.dense_decode import TARGET as DECODE
 from jax_flashmla.ops.dense_decode import batch as fold_decode
@@ -203,13 +203,9 @@ def test_vmap_over_the_pool_is_refused():
         jax.vmap(lambda pool: decode(Q, TABLE, LENGTHS, pool))(np.stack([POOL, POOL]))
 
 
-@pytest.mark.parametrize("share_plan", [True, False])
-@pytest.mark.parametrize("batch_invariant", [True, False])
-def test_vmap_folds_the_plan(share_plan, batch_invariant):
-    lengths = jnp.array([[5000, 0, 300], [64, 9000, 1], [0, 0, 70000]], jnp.int32)
+def folded_operands(lengths, metadata, num_splits, share_plan=False):
+    """What the op is bound to when q and lengths are mapped, and the plan unless it is shared."""
     n, b = lengths.shape
-    plans = jax.vmap(functools.partial(plan, batch_invariant=batch_invariant))(lengths)
-    metadata, num_splits = jax.tree.map(lambda x: x[0], plans) if share_plan else plans
     zeros = jnp.zeros((n, b, 1, 1, 1), jnp.float32)
     seen = []
 
@@ -219,7 +215,17 @@ def test_vmap_folds_the_plan(share_plan, batch_invariant):
 
     mapped = [True, False, False, True, not share_plan, not share_plan]
     fold_decode(bind, n, (zeros, zeros[0], jnp.zeros((b, 2), jnp.int32), lengths, metadata, num_splits), mapped)
-    q, _, table, folded_lengths, folded, folded_splits = map(np.asarray, seen)
+    return map(np.asarray, seen)
+
+
+@pytest.mark.parametrize("share_plan", [True, False])
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_vmap_folds_the_plan(share_plan, batch_invariant):
+    lengths = jnp.array([[5000, 0, 300], [64, 9000, 1], [0, 0, 70000]], jnp.int32)
+    n, b = lengths.shape
+    plans = jax.vmap(functools.partial(plan, batch_invariant=batch_invariant))(lengths)
+    metadata, num_splits = jax.tree.map(lambda x: x[0], plans) if share_plan else plans
+    q, _, table, folded_lengths, folded, folded_splits = folded_operands(lengths, metadata, num_splits, share_plan)
     assert q.shape[0] == table.shape[0] == n * b
     np.testing.assert_array_equal(folded_lengths, lengths.ravel())
     parts = folded.shape[0] // n
@@ -234,18 +240,11 @@ def test_vmap_folds_the_plan(share_plan, batch_invariant):
 
 
 def test_vmap_folds_lists_of_sequences():
-    lengths = jnp.array([[65, 700, 1300, 450, 700, 1400, 0, 1300]] * 2, jnp.int32)
+    lengths = jnp.array([LISTED] * 2, jnp.int32)
     metadata, num_splits = ops.schedule(lengths, parts=3, batch_invariant=False, lists=True)
-    seen = []
-
-    def bind(*operands):
-        seen.extend(operands)
-        return [operands[0]]
-
-    q, table = jnp.zeros((2, 8, 1, 1, 1), jnp.float32), jnp.zeros((8, 2), jnp.int32)
-    fold_decode(bind, 2, (q, q[0], table, lengths, metadata, num_splits), [True, False, False, True, True, True])
-    assert (metadata[..., 4] == -1).all() and not seen[5].any()
-    np.testing.assert_array_equal(seen[4][3:] - seen[4][:3], np.tile([8, 0, 8, 0, 0, 8, 8, 8], (3, 1)))
+    *_, both, splits = folded_operands(lengths, metadata, num_splits)
+    assert (metadata[..., 4] == -1).all() and not splits.any()
+    np.testing.assert_array_equal(both[3:] - both[:3], np.tile([8, 0, 8, 0, 0, 8, 8, 8], (3, 1)))
 
 
 def mesh(kind):

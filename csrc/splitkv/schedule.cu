@@ -181,13 +181,13 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
     }
   }
   __syncthreads();
+  const int limit = step + kSequenceOverhead + kSplitPenalty;  // what a part of whole sequences may cost
   bool unbalanced = false;
 #pragma unroll 1
-  for (int part = threadIdx.x; part < p.num_parts; part += kThreads)
-    unbalanced |= prefix[whole[part + 1]] - prefix[whole[part]] > step + kSequenceOverhead + kSplitPenalty;
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) unbalanced |= prefix[whole[part + 1]] - prefix[whole[part]] > limit;
   const bool split = __syncthreads_or(unbalanced);
   const bool few = p.num_parts <= kThreads && p.b > p.num_parts && p.b <= min(kMostListed * p.num_parts, kMaxListed);
-  if (split && p.lists && few && plan_lists(p, prefix, parts, num_splits, step + kSequenceOverhead + kSplitPenalty)) return;
+  if (split && p.lists && few && plan_lists(p, prefix, parts, num_splits, limit)) return;
   // A part of the plan with equal steps may be longer than its step by what a piece under the minimum adds.
   if (split && p.b <= p.num_parts && plan_even(p, lens, parts, num_splits, total - p.b * kSequenceOverhead, cap, step + kMinSplit - 1, prefix)) return;
 
