@@ -26,56 +26,27 @@ namespace jax_flashmla {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * 32, kCtasPerSm = 2, kMaxCtas = kCtasPerSm * 132;
-constexpr int kMaxSplits = 384;  // of a sequence; a plan has a part per SM, and more splits than that are made up
 
+// What warps that share a fragment tell each other: of rows, and each lane's numbers.
 struct Storage {
-  PartialStats stats[kMaxSplits * kFragmentRows];  // of a split and row; the scales become weights
-  float top[kThreads], sum[kThreads];              // of a row and one of sixteen shares of the splits
-  float shared[kWarps][8][kFragmentLanes];
+  float top[kWarps][kFragmentRows], sum[kWarps][kFragmentRows], x[kWarps][8][kFragmentLanes];
 };
-// So much that no third CTA fits: the first SMs that are done would get them all.
-static_assert(sizeof(Storage) <= 112 * 1024 && 3 * sizeof(Storage) > 227 * 1024);
+// So much shared memory that no third CTA fits: the first SMs that are done would get them all.
+constexpr size_t kSharedMemory = 80 * 1024;
+static_assert(sizeof(Storage) <= kSharedMemory && 2 * kSharedMemory <= 226 * 1024 && 3 * kSharedMemory > 227 * 1024);
 
 // A warp asks for sixteen uint4 at once: all splits of two or four fragments where these are few, else splits of one fragment, which several warps may share.
 // Where there is little to do in all it is spread: `most` fragments per warp in any case.
 __host__ __device__ constexpr int warp_fragments(int splits, int most) { return std::min(most, splits <= 4 ? 4 : splits <= 8 ? 2 : 1); }
-__host__ __device__ constexpr int sharers_of(int splits) { return splits <= 8 ? 1 : splits <= 16 ? 2 : splits <= 32 ? 4 : kWarps; }
+__host__ __device__ constexpr int sharers_of(int splits) { return splits <= 16 ? 1 : splits <= 32 ? 2 : splits <= 64 ? 4 : kWarps; }
 __host__ __device__ constexpr int jobs_per_group(int splits, int most) { return kRowFragments * sharers_of(splits) / (warp_fragments(splits, most) * kWarps); }
 
-// Weights of all splits for the 16 rows from first_row on. Sixteen threads share a row, each with its share of the splits.
-class Weights {
- public:
-  // Asks for what the splits tell of the row, zeros where there is none.
-  __device__ __forceinline__ Weights(const DecodeParams& p, int first_slot, int splits, int kv_head, int first_row, Storage& smem)
-      : own_(smem.stats + threadIdx.x), end_(smem.stats + splits * kFragmentRows) {
-    const int share = threadIdx.x / kFragmentRows, row = first_row + threadIdx.x % kFragmentRows;
-    const PartialStats* from = partial_stats(p, first_slot + share, kv_head, row);
-    for (PartialStats* to = own_; to < end_; to += kThreads, from += kThreads / kFragmentRows * int64_t(p.h_kv) * p.rows)
-      copy_async<16>(smem_address(to), from, row < p.rows);
-  }
+// A number of row lane % 16, in this lane or `from` + that one, for this thread's rows: lane / 4 and lane / 4 + 8.
+struct OfRows {
+  float of[2];
 
-  // All threads must call.
-  __device__ __forceinline__ void store(Storage& smem) {
-    float top = -INFINITY, sum = 0.f;
-    wait_for_copies();
-    for (const PartialStats* of = own_; of < end_; of += kThreads) top = fmaxf(top, of->reference);
-    smem.top[threadIdx.x] = top;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kThreads; i += kFragmentRows) top = fmaxf(top, smem.top[i + threadIdx.x % kFragmentRows]);
-    for (PartialStats* of = own_; of < end_; of += kThreads) {
-      // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
-      auto& [m, l, scale] = *of;
-      const float weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
-      scale[0] *= weight, scale[1] *= weight;
-      sum = fmaf(weight, l, sum);
-    }
-    smem.sum[threadIdx.x] = sum;
-    __syncthreads();
-  }
-
- private:
-  PartialStats *const own_, *const end_;
+  __device__ __forceinline__ OfRows(float of_row, int lane, int from = 0)
+      : of{__shfl_sync(~0u, of_row, from + lane / 4), __shfl_sync(~0u, of_row, from + lane / 4 + 8)} {}
 };
 
 // This thread's eight numbers of a fragment, two a word, of its two rows in turn.
@@ -86,12 +57,16 @@ struct Sum {
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] += other.x[i];
   }
-  __device__ __forceinline__ void add(const float (&weight)[2], const uint4& partial) {
+  __device__ __forceinline__ void add(const OfRows& factor, const Sum& other) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = fmaf(factor.of[i / 2 % 2], other.x[i], x[i]);
+  }
+  __device__ __forceinline__ void add(const OfRows& weight, const uint4& partial) {
     const uint32_t words[4] = {partial.x, partial.y, partial.z, partial.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 v = __half22float2(reinterpret_cast<const __half2&>(words[i]));
-      x[2 * i] = fmaf(weight[i & 1], v.x, x[2 * i]), x[2 * i + 1] = fmaf(weight[i & 1], v.y, x[2 * i + 1]);
+      x[2 * i] = fmaf(weight.of[i & 1], v.x, x[2 * i]), x[2 * i + 1] = fmaf(weight.of[i & 1], v.y, x[2 * i + 1]);
     }
   }
 };
@@ -101,12 +76,16 @@ template <class T, class Params>
 __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, int group, int first_slot, int splits, int most, int job, Storage& smem) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
   const int fragments = warp_fragments(splits, most), sharers = sharers_of(splits), sharer = warp & (sharers - 1);
+  const int own = (splits - sharer + sharers - 1) / sharers;  // splits that this warp adds
   const int fragment = (job * kWarps + warp) / sharers * fragments, half = fragment / (kRowFragments / 2);
-  const int64_t step = partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0);
-  // The sixteen loads are four times four splits: of a fragment each, of two fragments by pairs, or of one.
-  const int quad_splits = fragments == 4 ? 0 : 4 * sharers, pair_splits = fragments == 1 ? 8 * sharers : 0;
-  const int64_t quad = fragments == 4 ? kFragmentLanes : quad_splits * step, pair = fragments == 1 ? pair_splits * step : fragments / 2 * kFragmentLanes;
-  const uint4* next = partial_fragments(p, first_slot + sharer, kv_head, group) + fragment * kFragmentLanes + lane;
+  // The sixteen loads are four times four of this warp's splits: of a fragment each, of two fragments by pairs, or of one.
+  const int64_t step = sharers * (partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0)), stats_step = int64_t(sharers) * p.h_kv * p.rows;
+  const int quad_splits = fragments == 4 ? 0 : 4, pair_splits = fragments == 1 ? 8 : 0;
+  const int64_t quad = fragments == 4 ? kFragmentLanes : 4 * step, pair = fragments == 1 ? 8 * step : fragments / 2 * kFragmentLanes;
+  const uint4* partials = partial_fragments(p, first_slot + sharer, kv_head, group) + fragment * kFragmentLanes + lane;
+  // What splits tell of their rows: the halves of the warp look at every second split, each lane at one row.
+  const int own_row = group * kFragmentRows + lane % kFragmentRows;
+  const PartialStats* stats = partial_stats(p, first_slot + sharer, kv_head, own_row);
   int row[2], index[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -115,62 +94,98 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
   }
   wait_for_predecessor();
 
-  Weights weights(p, first_slot, splits, kv_head, group * kFragmentRows, smem);
-  Sum sum[4];
+  float top = -INFINITY, total = 0.f;  // of row lane % 16: the largest reference and the sum
+  Sum before, sum[4];                  // of earlier rounds, and of the four loads
+  int64_t turn = 0;
 #pragma unroll 1
-  for (int s0 = sharer, end = splits + sharer; s0 < end; s0 += 16 * sharers, next += 16 * sharers * step) {  // every warp comes here once at least
+  for (int rest = own, known = own_row < p.rows ? own : 0; rest > 0; rest -= 16, known -= 16, ++turn) {  // every warp comes here once at least
+    PartialStats of[8];
     uint4 batch[4][4];
-    auto split = [&](int a, int b) { return s0 + a / 2 * pair_splits + a % 2 * quad_splits + b * sharers; };
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int split = i / 4 * pair_splits + i / 2 % 2 * quad_splits + i % 2 * 2 + lane / kFragmentRows;
+      const PartialStats* from = stats + (16 * turn + split) * stats_step;
+      auto& [m, l, scale] = of[i];
+      m = -INFINITY, l = scale[0] = scale[1] = 0.f;
+      if (split < known) m = from->reference, l = from->sum, scale[0] = from->scale[half];
+    }
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
-      const uint4* from = next + (a / 2 * pair + a % 2 * quad);
+      const uint4* from = partials + (16 * turn * step + a / 2 * pair + a % 2 * quad);
 #pragma unroll
-      for (int b = 0; b < 4; ++b, from += sharers * step) batch[a][b] = split(a, b) < splits ? *from : uint4{};
+      for (int b = 0; b < 4; ++b, from += step) batch[a][b] = a / 2 * pair_splits + a % 2 * quad_splits + b < rest ? *from : uint4{};
     }
-    if (s0 == sharer) weights.store(smem);  // while they are on their way
+    const float old = top;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) top = fmaxf(top, of[i].reference);
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, kFragmentRows));
+    float part = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      // A split in which the row has no key has m = -inf and l = 0; with NaN among its scores m = -inf and l = NaN.
+      auto& [m, l, scale] = of[i];
+      const float weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
+      if (i < 8 / fragments) part = fmaf(weight, l, part);
+      scale[0] *= weight;
+    }
+    const float grown = rescale_factor(old, top);
+    total = fmaf(total, grown, part + __shfl_xor_sync(~0u, part, kFragmentRows));
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+      sum[a] = {};
+      if (a / 2 * pair_splits + a % 2 * quad_splits >= rest) continue;
+#pragma unroll
+      for (int b = 0; b < 4; ++b) sum[a].add(OfRows(of[2 * a + b / 2].scale[0], lane, b % 2 * kFragmentRows), batch[a][b]);
+    }
+    if (fragments < 4) sum[0].add(sum[1]), sum[2].add(sum[3]);
+    if (fragments == 2) sum[1] = sum[2];
+    if (fragments == 1) sum[0].add(sum[2]);
+    if (turn > 0) sum[0].add(OfRows(grown, lane), before);
+    before = sum[0];
+  }
+  if (sharers > 1) {
+    if (lane < kFragmentRows) smem.top[warp][lane] = top, smem.sum[warp][lane] = total;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) smem.x[warp][i][lane] = sum[0].x[i];
+    __syncthreads();
+    if (sharer > 0) return;
+#pragma unroll 1
+    for (int from = warp + 1; from < warp + sharers; ++from) top = fmaxf(top, smem.top[from][lane % kFragmentRows]);
+    sum[0] = {}, total = 0.f;
+#pragma unroll 1
+    for (int from = warp; from < warp + sharers; ++from) {
+      const float weight = rescale_factor(smem.top[from][lane % kFragmentRows], top);
+      Sum other;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) other.x[i] = smem.x[from][i][lane];
+      total = fmaf(weight, smem.sum[from][lane % kFragmentRows], total);
+      sum[0].add(OfRows(weight, lane), other);
+    }
+  }
+
+  const bool any = total != 0.f;         // a row without a key: output 0, lse -inf; NaN goes through
+  const float lse = top + log2f(total);  // base 2
+  float inverse = any ? 1.f / total : 0.f;
+  if (kSparse<Params> && any && own_row < p.rows) inverse *= sink_factor(p, seq, own_row, lse);  // one token, so a row is a head
+  const OfRows factor(inverse, lane);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (row[r] >= p.rows) continue;
+    auto* out =
+        reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (int64_t(seq) * p.s_q * p.h_q + index[r]) * kDv + fragment * kFragmentColumns) + (lane & 3);
 #pragma unroll
     for (int a = 0; a < 4; ++a)
 #pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        const PartialStats* of_rows = smem.stats + min(split(a, b), splits - 1) * kFragmentRows + lane / 4;  // past the end times zero
-        sum[a].add({of_rows[0].scale[half], of_rows[8].scale[half]}, batch[a][b]);
-      }
+      for (int i = 0; i < 2; ++i)
+        if (a < fragments) out[8 * a + 4 * i] = pack<T>(sum[a].x[4 * i + 2 * r] * factor.of[r], sum[a].x[4 * i + 2 * r + 1] * factor.of[r]);
   }
-  if (fragments < 4) sum[0].add(sum[1]), sum[2].add(sum[3]);
-  if (fragments == 2) sum[1] = sum[2];
-  if (fragments == 1) sum[0].add(sum[2]);
-  if (sharers > 1) {
-    for (int i = 0; i < 8; ++i) smem.shared[warp][i][lane] = sum[0].x[i];
-    __syncthreads();
-    for (int from = warp + 1; from < warp + sharers && sharer == 0; ++from)
-      for (int i = 0; i < 8; ++i) sum[0].x[i] += smem.shared[from][i][lane];
-  }
-  if (sharer == 0) {
-    const int column = fragment * kFragmentColumns + 2 * (lane & 3);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row[r] >= p.rows) continue;
-      float total = 0.f, top = -INFINITY;
-#pragma unroll
-      for (int i = lane / 4 + 8 * r; i < kThreads; i += kFragmentRows) total += smem.sum[i], top = fmaxf(top, smem.top[i]);
-      const bool any = total != 0.f;  // a row without a key: output 0, lse -inf; NaN goes through
-      float inverse = any ? 1.f / total : 0.f;
-      if (kSparse<Params> && any) inverse *= sink_factor(p, seq, row[r], top + log2f(total));  // one token, so a row is a head
-      auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (int64_t(seq) * p.s_q * p.h_q + index[r]) * kDv + column);
-#pragma unroll
-      for (int a = 0; a < 4; ++a)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (a < fragments) out[8 * a + 4 * i] = pack<T>(sum[a].x[4 * i + 2 * r] * inverse, sum[a].x[4 * i + 2 * r + 1] * inverse);
-      if (column == 0) {
-        const int token = row[r] / p.group, head = index[r] - token * p.h_q;
-        p.lse[lse_index(p, seq, head, token)] = any ? (top + log2f(total)) * kLn2 : -INFINITY;
-        if constexpr (std::is_same_v<Params, SparsePrefillParams>) {
-          float logit = -INFINITY;
-          for (int s = 0; s < splits; ++s) logit = fmaxf(logit, p.partial_max[int64_t(first_slot + s) * p.h_q + head]);
-          p.max_logits[int64_t(seq) * p.h_q + head] = logit;
-        }
-      }
+  if (fragment == 0 && lane < kFragmentRows && own_row < p.rows) {
+    const int token = own_row / p.group, head = kv_head * p.group + own_row % p.group;
+    p.lse[lse_index(p, seq, head, token)] = any ? lse * kLn2 : -INFINITY;
+    if constexpr (std::is_same_v<Params, SparsePrefillParams>) {
+      float logit = -INFINITY;
+      for (int s = 0; s < splits; ++s) logit = fmaxf(logit, p.partial_max[int64_t(first_slot + s) * p.h_q + head]);
+      p.max_logits[int64_t(seq) * p.h_q + head] = logit;
     }
   }
 }
@@ -195,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     }
     const bool there = seq >= 0 && seq < p.b;
     const int first = there ? p.num_splits[seq] : 0, splits = there ? p.num_splits[seq + 1] - first : 0;
-    const bool split = splits >= 2 && splits <= kMaxSplits && first >= 0 && splits <= p.slots - first;  // else whole, or a made-up plan
+    const bool split = splits >= 2 && first >= 0 && splits <= p.slots - first;  // else whole, or a made-up plan
     const int jobs = split ? jobs_per_group(splits, most) * kv_groups : 0;
     const int through = warp_scan(jobs), all = __shfl_sync(~0u, through, 31);
     for (; own < before + all; own += gridDim.x) {
@@ -213,8 +228,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
 template <class T, class Params>
 cudaError_t launch_combine(const Params& p) {
   const auto kernel = combine_kernel<T, Params>;
-  constexpr size_t smem = sizeof(Storage);
-  if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return err;
+  if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory)) return err;
   const int sequences = std::min(p.b, p.num_parts - 1);
   // A CTA per job, as far as that can be told without the plan.
   const int64_t most_groups = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows);
@@ -222,7 +236,7 @@ cudaError_t launch_combine(const Params& p) {
   int most = 1;
   while (most < 4 && most_groups * jobs_per_group(splits, most) > kMaxCtas) most *= 2;
   const unsigned grid = unsigned(std::min<int64_t>(most_groups * jobs_per_group(splits, most), kMaxCtas));
-  return launch(kernel, {grid, kThreads, smem}, p.stream, p, sequences, most);
+  return launch(kernel, {grid, kThreads, kSharedMemory}, p.stream, p, sequences, most);
 }
 
 }  // namespace
