@@ -16,7 +16,6 @@
 
 #include "attention/finish.cuh"
 #include "attention/softmax.cuh"
-#include "hopper/gather.cuh"
 #include "hopper/launch.cuh"
 #include "hopper/warp.cuh"
 #include "splitkv/combine.h"
@@ -33,7 +32,7 @@ struct Storage {
 };
 // So much shared memory that no third CTA fits: the first SMs that are done would get them all.
 constexpr size_t kSharedMemory = 80 * 1024;
-static_assert(sizeof(Storage) <= kSharedMemory && 2 * kSharedMemory <= 226 * 1024 && 3 * kSharedMemory > 227 * 1024);
+static_assert(sizeof(Storage) <= kSharedMemory && kCtasPerSm * kSharedMemory <= 226 * 1024 && (kCtasPerSm + 1) * kSharedMemory > 227 * 1024);
 
 // A warp asks for sixteen uint4 at once: all splits of two or four fragments where these are few, else splits of one fragment, which several warps may share.
 // Where there is little to do in all it is spread: `most` fragments per warp in any case.
@@ -99,7 +98,7 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
   int64_t turn = 0;
 #pragma unroll 1
   for (int rest = own, known = own_row < p.rows ? own : 0; rest > 0; rest -= 16, known -= 16, ++turn) {  // every warp comes here once at least
-    PartialStats of[8];
+    PartialStats of[8];                                                                                  // scale[0] is that of the fragments' half
     uint4 batch[4][4];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
