@@ -56,16 +56,16 @@ def no_cuda_build(monkeypatch):
     _native.warn_fallback.cache_clear()
 
 
-@pytest.fixture
-def quick_compilation():
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
     """XLA's optimisations cost more time than they save here."""
+    everything = request.node.get_closest_marker("gpu") or "all_optimizations" in request.fixturenames
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", not everything)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
-def all_optimizations(quick_compilation):
+def all_optimizations():
     """For tests that read the compiled program."""
-    jax.config.update("jax_disable_most_optimizations", False)

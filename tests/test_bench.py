@@ -504,7 +504,6 @@ SPARSE = [
 ]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("op, name, make, has_flag", SPARSE)
 def test_sparse_peers_compute_what_ours_does(fake_torch, op, name, make, has_flag):
     fake_torch.has_flag = has_flag

@@ -488,6 +488,7 @@ def flat_pool_in_scan(append, cache):
 )
 @pytest.mark.parametrize("format, padded", [*((f, False) for f in LATENT), ("fp8_v4", True)])
 @pytest.mark.parametrize("op", ["append", "copy_pages"])
+@pytest.mark.usefixtures("all_optimizations")
 def test_donated_caches_are_not_copied(op, format, padded, program):
     if format == "bf16" and jax.__version_info__ < (0, 11):
         pytest.skip("XLA of jax 0.10 widens every bfloat16 scatter on the CPU to float32, the whole operand with it")
@@ -513,6 +514,7 @@ def test_donated_caches_are_not_copied(op, format, padded, program):
     assert memory.temp_size_in_bytes < 2**20 < size  # some rows and pages, and no cache
 
 
+@pytest.mark.usefixtures("all_optimizations")
 def test_the_grep_sees_copies():
     """Without donation there is one, and it is found; the result is the same."""
     cache = jnp.zeros((1000, 64, 1, 656), jnp.uint8)

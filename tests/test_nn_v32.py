@@ -48,8 +48,6 @@ TABLE = np.array([[5, 0, 7, -1], [1, 6, 2, 2147480000]], np.int32)
 NUM_PAGES = 8
 TOLERANCE = 1e-4
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 

@@ -137,6 +137,7 @@ def test_hostile_lengths_and_pages_stay_in_bounds():
     assert np.isfinite(np.asarray(cache)).all(-1).sum() == 17 + 7 + 30  # one new token took the place of an old one
 
 
+@pytest.mark.usefixtures("all_optimizations")
 def test_donated_cache_is_not_copied():
     """float32: XLA of jax 0.10 widens a bfloat16 scatter on the CPU, the whole pool with it."""
     *arrays, cache, kv_lens, pages, starts, distribution = make(MIXES["full"])

@@ -190,6 +190,7 @@ def test_gradients_in_bfloat16():
         assert gradient.dtype == jnp.bfloat16 and np.isfinite(np.float32(gradient)).all()
 
 
+@pytest.mark.usefixtures("all_optimizations")
 def test_memory_does_not_grow_with_the_table():
     """The gathered cache would be 1 GiB here; a chunk of it is 1.2 MiB."""
     width = 2**20 // reference.CHUNK_TOKENS * 8

@@ -232,6 +232,7 @@ COLLECTIVES = {
 
 
 @pytest.mark.parametrize("layout", COLLECTIVES)
+@pytest.mark.usefixtures("all_optimizations")
 def test_no_collective_moves_a_pool(layout):
     """Neither attention nor the write of new rows: what moves is as small as queries and outputs."""
     mesh, pages = mesh_of(layout), 1000

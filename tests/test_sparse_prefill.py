@@ -115,7 +115,6 @@ GRID = [
 ]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("source, d, h_q, h_kv, s_kv, topk, s_q", GRID)
 def test_reference(source, d, h_q, h_kv, s_kv, topk, s_q):
     sink = np.resize(SINKS, h_q)
@@ -128,7 +127,6 @@ def test_reference(source, d, h_q, h_kv, s_kv, topk, s_q):
     check(got, prefill_f64(q, keys, indices, lengths, sink, 0.05))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     source=st.sampled_from(["rows", "bf16", "fp8_v32"]),
@@ -154,14 +152,12 @@ def test_reference_drawn(source, dtype, s_q, group, h_kv, d, s_kv, topk, page_si
     check(prefill(q, kv, indices, scale, topk_length=lengths), prefill_f64(q, keys, indices, lengths, None, scale))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_more_tokens_than_a_chunk_holds():
     """The same keys for a token whatever chunk it is in, and the last chunk filled up."""
     q, kv, keys, indices, _ = problem(s_q=2 * reference.CHUNK_LISTS + 3, h_q=1, topk=9)
     check(prefill(q, kv, indices), prefill_f64(q, keys, indices))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_duplicates_invalid_entries_and_tokens_without_a_key():
     q, kv, keys, indices, _ = problem(s_q=4, topk=8)
     slot = np.flatnonzero(~np.isnan(keys[:, 0, 0]))[0]
@@ -187,7 +183,6 @@ def test_sinks_at_infinity():
     assert (np.asarray(sunk[0])[:, 1::2] == 0).all() and (np.asarray(plain[0])[:, 1::2] != 0).any()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("source", ["bf16", "fp8_v32"])
 def test_equals_sparse_decode_of_the_same_keys(source):
     q, kv, _, indices, lengths = problem(source, s_q=5, lengths=[128, 70, 0, 3, 128])
@@ -203,14 +198,12 @@ def test_equals_sparse_decode_of_the_same_keys(source):
         )
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_pool_and_its_rows_are_the_same():
     q, kv, _, indices, _ = problem("bf16")
     for x, y in zip(prefill(q, kv, indices), prefill(q, kv.reshape(-1, 1, 576), indices)):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_float32_queries_over_fp8_bytes_are_exact():
     q, kv, keys, indices, _ = problem("fp8_v32")
     q = q.astype(np.float32)
@@ -242,7 +235,6 @@ def test_memory_is_bounded(backward):
     assert used < (3 * topk // reference.CHUNK_INDICES if backward else 4) * step + 4 * operands
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_gradients():
     """Finite in spite of NaN where no list points; they reach the rows that were named, and no others."""
     h_kv = 2
@@ -261,7 +253,6 @@ def test_gradients():
         np.testing.assert_array_equal(np.flatnonzero(np.float32(gradients[1])[:, head].any(axis=1)), named)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_gradients_against_differences():
     q, kv, _, indices, _ = problem(s_q=2, h_q=2, s_kv=6, topk=5, dtype=np.float32)
     kv = np.nan_to_num(kv)
@@ -291,7 +282,6 @@ def test_gradients_against_differences():
 # What JAX does to it
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("source, through", [("rows", "reference"), ("rows", "primitive"), ("fp8_v32", "primitive")])
 def test_vmap(source, through):
     """The primitive as it is where the kernel takes the call: bound, lowered to the reference, folded into s_q."""
@@ -330,7 +320,6 @@ def test_vmap(source, through):
             )
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_vmap_of_sinks():
     q, kv, _, indices, _ = problem()
     many = np.stack([SINKS[:4], SINKS[1:5]])

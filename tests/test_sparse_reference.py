@@ -278,6 +278,7 @@ def test_gradients(format):
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8_v32", "fp8_v4", "fp8_v4_padded"])
+@pytest.mark.usefixtures("all_optimizations")
 def test_memory_is_bounded(format):
     """The keys named would be 288 MiB in float32, the pool in float32 over 1 GiB; a chunk of 128 keys is 2.2 MiB."""
     d = FORMATS[format][1]

@@ -278,6 +278,7 @@ def step(q, pool, table, lengths):
 @sharded
 @mesh_kinds
 @pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.usefixtures("all_optimizations")
 def test_shard_map(specs, kind, implementation):
     operands, expected = sharded_inputs(specs)
     in_specs, out_specs = specs
