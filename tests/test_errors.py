@@ -72,6 +72,11 @@ REFUSED = {
         ValueError,
         "implementation='cuda' cannot be used: the kernel takes bfloat16 and float16, got q in float32; use implementation=None or 'xla'",
     ),
+    "cuda_rows": (
+        dict(q=np.broadcast_to(zeros(1), (2, 131071, 4, 576)), implementation="cuda"),
+        ValueError,
+        r"the kernel takes s_q \* h_q of 524280 at most, got 524284; cut the queries into shorter chunks; use",
+    ),
 }  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from .._primitive import define
 from .schedule import METADATA_WIDTH, num_parts, schedule, workspaces
 
 TARGET = "jax_flashmla.dense_decode.v1"
+MAX_ROWS = 8 * 65535
+"""s_q * h_q of a sequence that the kernel was made for."""
 
 
 def shapes(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softmax_scale, causal):
@@ -62,6 +64,9 @@ def batch(bind, size, operands, mapped):
 def unsupported(q, k_cache, block_table, *_):
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel takes bfloat16 and float16, got q in {q.dtype}"
+    rows = q.shape[1] * q.shape[2]
+    if isinstance(rows, int) and rows > MAX_ROWS:
+        return f"the kernel takes s_q * h_q of {MAX_ROWS} at most, got {rows}; cut the queries into shorter chunks"
     if block_table.shape[1] == 0:
         return "the kernel needs a block_table with at least one column, got max_pages = 0"
     return None
