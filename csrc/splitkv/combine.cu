@@ -97,16 +97,19 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
   Sum before, sum[4];                  // of earlier rounds, and of the four loads
   int64_t turn = 0;
 #pragma unroll 1
-  for (int rest = own, known = own_row < p.rows ? own : 0; rest > 0; rest -= 16, known -= 16, ++turn) {  // every warp comes here once at least
-    PartialStats of[8];                                                                                  // scale[0] is that of the fragments' half
+  // Every warp comes here once at least. `known`: of the splits that are left, those that tell of this lane's row; none where it is past the last.
+  for (int rest = own, known = own_row < p.rows ? own : 0; rest > 0; rest -= 16, known -= 16, ++turn) {
+    struct {
+      float reference, sum, scale;  // the scale of the fragments' half; it becomes a weight
+    } of[8];
     uint4 batch[4][4];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int split = i / 4 * pair_splits + i / 2 % 2 * quad_splits + i % 2 * 2 + lane / kFragmentRows;
       const PartialStats* from = stats + (16 * turn + split) * stats_step;
       auto& [m, l, scale] = of[i];
-      m = -INFINITY, l = scale[0] = scale[1] = 0.f;
-      if (split < known) m = from->reference, l = from->sum, scale[0] = from->scale[half];
+      m = -INFINITY, l = scale = 0.f;
+      if (split < known) m = from->reference, l = from->sum, scale = from->scale[half];
     }
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
@@ -125,7 +128,7 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
       auto& [m, l, scale] = of[i];
       const float weight = m == -INFINITY ? (l == 0.f ? 0.f : 1.f) : exp2_fast(m - top);
       if (i < 8 / fragments) part = fmaf(weight, l, part);
-      scale[0] *= weight;
+      scale *= weight;
     }
     const float grown = rescale_factor(old, top);
     total = fmaf(total, grown, part + __shfl_xor_sync(~0u, part, kFragmentRows));
@@ -134,7 +137,7 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
       sum[a] = {};
       if (a / 2 * pair_splits + a % 2 * quad_splits >= rest) continue;
 #pragma unroll
-      for (int b = 0; b < 4; ++b) sum[a].add(OfRows(of[2 * a + b / 2].scale[0], lane, b % 2 * kFragmentRows), batch[a][b]);
+      for (int b = 0; b < 4; ++b) sum[a].add(OfRows(of[2 * a + b / 2].scale, lane, b % 2 * kFragmentRows), batch[a][b]);
     }
     if (fragments < 4) sum[0].add(sum[1]), sum[2].add(sum[3]);
     if (fragments == 2) sum[1] = sum[2];

@@ -10,7 +10,7 @@ from .schedule import METADATA_WIDTH, num_parts, schedule, workspaces
 
 TARGET = "jax_flashmla.dense_decode.v1"
 MAX_ROWS = 8 * 65535
-"""s_q * h_q of a sequence that the kernel was made for."""
+"""s_q * h_q that the handler, csrc/ffi/dense_decode.cc, takes."""
 
 
 def shapes(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softmax_scale, causal):
