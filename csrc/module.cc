@@ -5,15 +5,16 @@
 
 namespace nb = nanobind;
 
+static nb::capsule capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
+
 NB_MODULE(_C, m) {
-  m.def("registrations", [] {
+  m.def("registrations", [](bool record) {
     nb::dict targets;
-    targets["jax_flashmla.schedule.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::Schedule));
-    targets["jax_flashmla.dense_decode.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::DenseDecode));
-    targets["jax_flashmla.sparse_decode.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::SparseDecode));
-    targets["jax_flashmla.sparse_prefill.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::SparsePrefill));
-    targets["jax_flashmla.append.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::Append));
-    targets["jax_flashmla.gather.v1"] = nb::capsule(reinterpret_cast<void*>(jax_flashmla::Gather));
+    if (record) {
+      targets["jax_flashmla.targets.v1"] = capsule(jax_flashmla::RegisterTargets);
+    } else {
+      for (const auto& target : jax_flashmla::kTargets) targets[target.name] = capsule(target.execute);
+    }
     return targets;
   });
   m.def("ffi_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });

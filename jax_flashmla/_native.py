@@ -6,13 +6,19 @@ milliseconds that a CPU user has no reason to pay: hence the laziness.
 
 import functools
 import importlib
+import importlib.metadata
+import os
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import jax
+import jaxlib
 
 HOPPER = "9.0"
 HOPPER_SM_COUNT = 132  # H100 SXM and H200: assumed where no GPU can be asked
+RECORD_VERSION = "0", "1"  # of XLA's interface in csrc/ffi/record.cc
 
 _lock = threading.Lock()
 _registered = False
@@ -31,9 +37,31 @@ def register_cuda_targets() -> None:
     with _lock:  # several devices may be lowered for from several threads
         if not _registered:
             extension = importlib.import_module("jax_flashmla._C")
-            for target, capsule in extension.registrations().items():
+            for target, capsule in extension.registrations(records()).items():
                 jax.ffi.register_ffi_target(target, capsule, platform="CUDA")
             _registered = True
+
+
+@functools.cache
+def records() -> bool:
+    """Whether custom calls record their kernels into XLA's command buffers (csrc/ffi/record.cc).
+
+    XLA has an interface for it since jaxlib 0.11.2, and says that it may change: it is used where its version is the
+    one that the extension was written for, and the plugin is of jaxlib's release. JAX_FLASHMLA_RECORD=0 turns it off.
+    """
+    if os.environ.get("JAX_FLASHMLA_RECORD") == "0":
+        return False
+    header = Path(jaxlib.__file__).parent / "include" / "xla" / "ffi" / "api" / "record_c_api.h"
+    text = header.read_text() if header.is_file() else ""
+    version = tuple(re.findall(r"#define XLA_FFI_Extension_Record_(?:Major|Minor)Version (\d+)", text))
+    return version == RECORD_VERSION and jaxlib.__version__ in plugin_versions()
+
+
+def plugin_versions() -> set[str]:
+    """Releases of the CUDA plugins of JAX that are installed."""
+    names = (f"jax-cuda{major}-pjrt" for major in (12, 13))
+    found = (next(iter(importlib.metadata.distributions(name=name)), None) for name in names)
+    return {distribution.version for distribution in found if distribution}
 
 
 def local_cuda_devices() -> list[jax.Device]:

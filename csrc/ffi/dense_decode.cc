@@ -6,14 +6,16 @@
 
 #include "ffi/check.h"
 #include "ffi/handlers.h"
+#include "ffi/results.h"
 
 namespace jax_flashmla {
 namespace ffi = xla::ffi;
 
 static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::Buffer<ffi::S32> block_table,
                                   ffi::Buffer<ffi::S32> cache_seqlens, ffi::Buffer<ffi::S32> metadata, ffi::Buffer<ffi::S32> num_splits,
-                                  ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse, ffi::ResultBuffer<ffi::F16> partial_out,
-                                  ffi::ResultBuffer<ffi::F32> partial_stats, float softmax_scale, bool causal) {
+                                  ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse,
+                                  ffi::ResultBuffer<ffi::F16> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats, float softmax_scale, bool causal,
+                                  int32_t phase) {
   const auto qd = q.dimensions(), kd = k_cache.dimensions(), table = block_table.dimensions(), meta = metadata.dimensions();
   const auto partial = partial_out->dimensions();
   FFI_CHECK(qd.size() == 4 && kd.size() == 4 && table.size() == 2 && meta.size() == 2 && partial.size() == 4,
@@ -37,6 +39,8 @@ static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffe
   FFI_CHECK(slots >= 1 && partial[1] == h_kv && partial[2] == (rows + 15) / 16 * 16 && partial[3] == kDv &&
                 partial_stats->element_count() == size_t(4 * slots * h_kv * rows),
             "dense_decode: partial_out [slots, h_kv, rows rounded up to 16, 512], partial_stats [slots, h_kv, rows, 4]");
+  Results results;
+  if (ffi::Error error = find_results(results, Phase(phase), rest, out, lse, partial_out, partial_stats, stream); error.failure()) return error;
   DenseDecodeParams p{};
   p.q = q.untyped_data();
   p.k_cache = k_cache.untyped_data();
@@ -44,10 +48,10 @@ static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffe
   p.cache_seqlens = cache_seqlens.typed_data();
   p.metadata = reinterpret_cast<const Part*>(metadata.typed_data());
   p.num_splits = num_splits.typed_data();
-  p.out = out->untyped_data();
-  p.lse = lse->typed_data();
-  p.partial_out = partial_out->untyped_data();
-  p.partial_stats = partial_stats->untyped_data();
+  p.out = results.out;
+  p.lse = results.lse;
+  p.partial_out = results.partial_out;
+  p.partial_stats = results.partial_stats;
   p.b = int(b), p.s_q = int(s_q), p.h_q = int(h_q), p.h_kv = int(h_kv), p.group = int(group), p.rows = int(rows);
   p.d_qk = int(d_qk), p.num_pages = int(kd[0]), p.page_size = int(page_size), p.max_pages = int(table[1]);
   p.max_len = int(std::min<int64_t>(table[1] * page_size, std::numeric_limits<int32_t>::max() - kBlockTokens));
@@ -56,7 +60,7 @@ static ffi::Error DenseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffe
   p.causal = causal;
   p.dtype = q.element_type() == ffi::BF16 ? Dtype::kBF16 : Dtype::kF16;
   p.stream = stream;
-  FFI_LAUNCH(run_dense_decode(p));
+  FFI_LAUNCH(run_dense_decode(p, Phase(phase)));
   return ffi::Error::Success();
 }
 
@@ -69,12 +73,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F16>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("softmax_scale")
-                                  .Attr<bool>("causal"),
+                                  .Attr<bool>("causal")
+                                  .Attr<int32_t>("phase"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flashmla

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "hopper/barrier.cuh"
+#include "hopper/recording.h"
 
 namespace jax_flashmla {
 
@@ -29,8 +30,21 @@ struct Shape {
   int cluster = 1;  // CTAs, along x
 };
 
+// Lets a kernel ask for so much dynamic shared memory. Always the same for a kernel: another thread may be launching it.
+template <class... Args>
+cudaError_t allow_shared_memory(void (*kernel)(Args...), size_t bytes) {
+  if (recording) return cudaSuccess;  // XLA sees to that
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), const Shape& shape, cudaStream_t stream, const Args&... args) {
+  const void* symbol = reinterpret_cast<const void*>(kernel);
+  if (recording) {
+    recording->launches.push_back(
+        {symbol, shape.grid, shape.block, shape.smem, shape.cluster, {std::string(reinterpret_cast<const char*>(&args), sizeof(args))...}});
+    return cudaSuccess;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
@@ -45,7 +59,7 @@ cudaError_t launch(void (*kernel)(Args...), const Shape& shape, cudaStream_t str
   config.attrs = attributes;
   config.numAttrs = shape.cluster > 1 ? 2 : 1;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+  return cudaLaunchKernelExC(&config, symbol, pointers);
 }
 
 }  // namespace jax_flashmla

@@ -7,13 +7,14 @@
 
 namespace jax_flashmla {
 
-Status run_dense_decode(const DenseDecodeParams& p) {
+Status run_dense_decode(const DenseDecodeParams& p, Phase phase) {
+  if (phase == Phase::kCombine) return run_combine(p);
   using dense_decode::launch_dense_decode;
   const bool bf16 = p.dtype == Dtype::kBF16, rope = p.d_qk > kDv;
   const auto launcher = bf16 ? (rope ? launch_dense_decode<__nv_bfloat16, 576> : launch_dense_decode<__nv_bfloat16, 512>)
                              : (rope ? launch_dense_decode<__half, 576> : launch_dense_decode<__half, 512>);
   if (Status error = launcher(p)) return error;
-  return run_combine(p);
+  return phase == Phase::kAttend ? nullptr : run_combine(p);
 }
 
 }  // namespace jax_flashmla

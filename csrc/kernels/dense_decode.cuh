@@ -136,7 +136,7 @@ Status launch_dense_decode(const DenseDecodeParams& p) {
     return error;
   const auto kernel = dense_decode_kernel<Tr>;
   constexpr size_t smem = sizeof(Storage<Tr>);
-  if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return cudaGetErrorString(err);
+  if (cudaError_t err = allow_shared_memory(kernel, smem)) return cudaGetErrorString(err);
   const dim3 grid((p.rows + kRowTile - 1) / kRowTile, p.h_kv, p.num_parts);
   // Row tiles read the same keys. As clusters they run side by side and in step, and the second one finds them in L2.
   const int cluster = grid.x % 2 == 0 ? 2 : 1;

@@ -430,7 +430,7 @@ Status launch_attend(void (*kernel)(CUtensorMap, Params), const Params& p) {
   const dim3 grid((p.rows + kRowTile - 1) / kRowTile, 1, p.num_parts);
   const int cluster = grid.x % 2 == 0 ? 2 : 1;  // row tiles gather the same tokens: side by side, the second one finds them in L2
   constexpr size_t smem = sizeof(Storage<Tr>);
-  if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem)) return cudaGetErrorString(err);
+  if (cudaError_t err = allow_shared_memory(kernel, smem)) return cudaGetErrorString(err);
   if (cudaError_t err = launch(kernel, {grid, kThreads, smem, cluster}, p.stream, q_map, p)) return cudaGetErrorString(err);
   return nullptr;
 }

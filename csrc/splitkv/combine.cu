@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
 template <class T, class Params>
 cudaError_t launch_combine(const Params& p) {
   const auto kernel = combine_kernel<T, Params>;
-  if (cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMemory)) return err;
+  if (cudaError_t err = allow_shared_memory(kernel, kSharedMemory)) return err;
   const int sequences = std::min(p.b, p.num_parts - 1);
   // A CTA per job, as far as that can be told without the plan.
   const int64_t most_groups = int64_t(sequences) * p.h_kv * ((p.rows + kFragmentRows - 1) / kFragmentRows);

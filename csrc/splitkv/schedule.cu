@@ -235,8 +235,7 @@ int max_schedule_batch(int num_parts) { return int((kMaxShared - shared_bytes(0,
 
 Status run_schedule(const ScheduleParams& p) {
   const size_t smem = p.batch_invariant ? 0 : shared_bytes(p.b, p.num_parts);
-  // Always the same limit: another thread may be setting it for another plan.
-  if (cudaError_t err = cudaFuncSetAttribute(schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared)) return cudaGetErrorString(err);
+  if (cudaError_t err = allow_shared_memory(schedule_kernel, kMaxShared)) return cudaGetErrorString(err);
   if (cudaError_t err = launch(schedule_kernel, {p.n, kThreads, smem}, p.stream, p)) return cudaGetErrorString(err);
   return nullptr;
 }

@@ -7,8 +7,9 @@ import numpy as np
 from .. import reference
 from .._primitive import define
 from .schedule import METADATA_WIDTH, num_parts, schedule, workspaces
+from .splitkv import attend_and_combine
 
-TARGET = "jax_flashmla.dense_decode.v1"
+TARGET = "jax_flashmla.dense_decode.v2"
 MAX_ROWS = 8 * 65535
 """s_q * h_q that the handler, csrc/ffi/dense_decode.cc, takes."""
 
@@ -31,9 +32,10 @@ def cuda(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softma
         metadata, num_splits = (x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False, lists=True))
     operands = q, k_cache, block_table, cache_seqlens, metadata, num_splits
     results = shapes(*operands, softmax_scale=softmax_scale, causal=causal)
-    call = jax.ffi.ffi_call(TARGET, results + workspaces(b, rows, h_kv, metadata.shape[0]))
-    out, lse, *_ = call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)
-    return out, lse
+    parts = metadata.shape[0]
+    results += workspaces(b, rows, h_kv, parts)
+    scale = np.float32(softmax_scale)
+    return attend_and_combine(TARGET, results, operands, parts, softmax_scale=scale, causal=causal)[:2]
 
 
 def batch(bind, size, operands, mapped):

@@ -21,6 +21,11 @@ struct Shape {
   int cluster = 1;
 };
 
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel, size_t) {
+  return cudaSuccess;
+}
+
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), const Shape& shape, cudaStream_t, const Args&... args) {
   return emulation::launch(kernel, shape.grid, shape.block, args...);

@@ -1,0 +1,198 @@
+"""Custom calls that record their kernels into XLA's command buffers, instead of having them captured."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashmla import _native, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, kvcache, ops
+
+PAGE = 64
+B, H, PAGES = 5, 16, 60
+
+
+def decode(q, pool, table, lengths, plan):
+    return flash_mla_with_kvcache(q, pool, table, lengths, 512, *plan, causal=True)[0]
+
+
+def chain(q, pool, latent, rope, slots, table, lengths):
+    """Every op whose kernels are recorded, one depending on the other: six commands at least, so XLA makes a graph."""
+    pool = kvcache.append_kv_cache(pool, latent, rope, slots, format="bf16")
+    plan = get_mla_metadata(lengths, H, 1)
+    for _ in range(3):
+        out = decode(q, pool, table, lengths, plan)
+        q = q.at[..., :512].set(q[..., :512] + out)
+    indices = jnp.broadcast_to(jnp.arange(3000, 3000 - 320, -7, dtype=jnp.int32), (B, 1, 46))
+    sparse = flash_mla_with_kvcache(q, pool, None, None, 512, indices=indices)[0]
+    rows = kvcache.gather_kv_cache(pool, table, lengths, total=2048, format="bf16")
+    prefill = flash_mla_sparse_fwd(q[:, 0], pool, indices, 576**-0.5)[0]
+    return q, sparse, rows, prefill, pool
+
+
+def operands(seed):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    q = jax.random.normal(keys[0], (B, 1, H, 576), jnp.bfloat16)
+    pool = jax.random.normal(keys[1], (PAGES, PAGE, 1, 576), jnp.bfloat16)
+    latent = jax.random.normal(keys[2], (B, 512), jnp.bfloat16)
+    rope = jax.random.normal(keys[3], (B, 64), jnp.bfloat16)
+    table = np.random.default_rng(seed).permutation(PAGES).reshape(B, -1).astype(np.int32)
+    lengths = np.array([700, 1, 64, 300, 511], np.int32)
+    last = lengths - 1
+    slots = table[np.arange(B), last // PAGE] * PAGE + last % PAGE
+    return q, pool, latent, rope, *map(jnp.asarray, (slots, table, lengths))
+
+
+# --- when
+
+
+def header(directory, major, minor):
+    path = directory / "include" / "xla" / "ffi" / "api" / "record_c_api.h"
+    path.parent.mkdir(parents=True)
+    lines = (f"#define XLA_FFI_Extension_Record_{part}Version {n}" for part, n in (("Major", major), ("Minor", minor)))
+    path.write_text("\n".join(lines))
+
+
+@pytest.fixture
+def jaxlib_of(monkeypatch, tmp_path):
+    """A jaxlib with that version of the interface, and plugins of those releases."""
+
+    def install(*version, plugins=("9.9.9",)):
+        if version:
+            header(tmp_path, *version)
+        monkeypatch.setattr(_native.jaxlib, "__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(_native.jaxlib, "__version__", "9.9.9")
+        monkeypatch.setattr(_native, "plugin_versions", lambda: set(plugins))
+        monkeypatch.delenv("JAX_FLASHMLA_RECORD", raising=False)
+        _native.records.cache_clear()
+
+    yield install
+    _native.records.cache_clear()
+
+
+def test_records_with_the_version_it_was_written_for(jaxlib_of):
+    jaxlib_of(0, 1)
+    assert _native.records()
+
+
+@pytest.mark.parametrize(
+    ("version", "plugins"),
+    [((), ["9.9.9"]), ((0, 2), ["9.9.9"]), ((1, 1), ["9.9.9"]), ((0, 1), []), ((0, 1), ["9.9.8"])],
+)
+def test_does_not_record_with_another(version, plugins, jaxlib_of):
+    jaxlib_of(*version, plugins=plugins)
+    assert not _native.records()
+
+
+def test_can_be_turned_off(jaxlib_of, monkeypatch):
+    jaxlib_of(0, 1)
+    monkeypatch.setenv("JAX_FLASHMLA_RECORD", "0")
+    _native.records.cache_clear()
+    assert not _native.records()
+
+
+# --- what is lowered
+
+
+def calls(records, monkeypatch, lengths=None):
+    monkeypatch.setattr(_native, "records", lambda: records)
+    q, pool, *_, table, given = operands(0)
+    lengths = given if lengths is None else lengths
+    step = jax.jit(lambda *args: decode(*args, get_mla_metadata(lengths, H, 1)))
+    text = step.trace(q, pool, table, lengths).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(rf"custom_call @{re.escape(ops.dense_decode.target)}\(.*", text)
+
+
+def test_attention_and_combine_are_one_call_where_nothing_is_recorded(cuda_build, monkeypatch):
+    (call,) = calls(False, monkeypatch)
+    assert "phase = 0 : i32" in call and "output_operand_alias<" not in call
+
+
+def test_attention_and_combine_are_two_calls_where_kernels_are_recorded(cuda_build, monkeypatch):
+    attend, combine = calls(True, monkeypatch)
+    assert "phase = 1 : i32" in attend and "output_operand_alias<" not in attend
+    assert "phase = 2 : i32" in combine and combine.count("output_operand_alias<") == 4
+
+
+def test_lists_that_nobody_splits_are_one_call(cuda_build, monkeypatch):
+    monkeypatch.setattr(_native, "records", lambda: True)
+    b = 2 * _native.HOPPER_SM_COUNT  # a part has whole lists
+    q, pool = jnp.zeros((b, 1, 64, 576), jnp.bfloat16), jnp.zeros((2, PAGE, 1, 576), jnp.bfloat16)
+    indices = jnp.zeros((b, 1, 64), jnp.int32)
+    step = jax.jit(lambda q, pool: flash_mla_with_kvcache(q, pool, None, None, 512, indices=indices)[0])
+    text = step.trace(q, pool).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(f"custom_call @{ops.sparse_decode.target}(") == 1
+
+
+# --- on a GPU
+
+PROGRAM = """
+import jax, sys
+sys.path.insert(0, {tests!r})
+import test_record
+inputs = test_record.operands(0)
+jax.block_until_ready(jax.jit(test_record.chain)(*inputs))
+jax.block_until_ready(jax.jit(test_record.chain)(*inputs))
+"""
+
+
+@pytest.mark.gpu
+def test_kernels_are_recorded():
+    """XLA tells of every kernel that is recorded, and that it may overlap with the one before it."""
+    if not _native.records():
+        pytest.skip("needs an XLA whose custom calls record kernels: jaxlib 0.11.2 with its own CUDA plugin")
+    tests = os.path.dirname(__file__)
+    env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_MAX_VLOG_LEVEL": "0", "TF_CPP_VMODULE": "record_ffi=3"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(tests=tests)], env=env, capture_output=True, text=True, check=True
+    )
+    recorded = re.findall(r"FfiCreateLaunch for kernel: (\w+), use_pdl: (\w+)", done.stderr)
+    assert all(overlaps == "true" for _, overlaps in recorded)
+    for kernel in ("append", "schedule", "dense_decode", "sparse_decode", "combine", "gather", "sparse_prefill"):
+        assert any(f"{kernel}_kernel" in name for name, _ in recorded), (kernel, recorded)
+
+
+@pytest.mark.gpu
+def test_results_are_those_of_single_calls():
+    """The same bits from a graph, whatever its buffers are: XLA moves them from call to call."""
+    graph = jax.jit(chain)
+    kept = []
+    for seed in (0, 1, 2, 0):
+        inputs = operands(seed)
+        got = graph(*inputs)
+        kept.append((inputs, got))  # so that the next call has other buffers
+        for x, y in zip(got, chain(*inputs), strict=True):
+            np.testing.assert_array_equal(np.float32(x), np.float32(y))
+    for x, y in zip(kept[0][1], kept[-1][1], strict=True):
+        np.testing.assert_array_equal(np.float32(x), np.float32(y))
+
+
+@pytest.mark.gpu
+def test_results_are_not_copied_between_the_calls():
+    text = jax.jit(chain).lower(*operands(0)).compile().as_text()
+    assert not re.search(r"= bf16\[5,1,16,512\]\S* copy\(", text)
+
+
+@pytest.mark.gpu
+def test_more_kernels_than_a_call_can_record(monkeypatch):
+    """Prefill of a long prompt launches once for each of its plans: XLA captures what does not fit into its list."""
+    sparse_prefill = sys.modules["jax_flashmla.ops.sparse_prefill"]
+    monkeypatch.setattr(sparse_prefill, "MAX_SEQUENCES", 8)
+    s_q = 100
+    q = jax.random.normal(jax.random.key(0), (s_q, 16, 576), jnp.bfloat16)
+    kv = jax.random.normal(jax.random.key(1), (512, 1, 576), jnp.bfloat16)
+    indices = jax.random.randint(jax.random.key(2), (s_q, 1, 128), 0, 512)
+
+    def prefill(q, kv, indices):
+        lengths = jnp.full(s_q, 100)
+        for _ in range(5):  # so many commands that XLA makes a graph
+            out, *_ = flash_mla_sparse_fwd(q, kv, indices, 576**-0.5, topk_length=lengths)
+            q = q.at[..., :512].set(out)
+        return q
+
+    got, expected = (np.float32(f(q, kv, indices)) for f in (jax.jit(prefill), prefill))
+    np.testing.assert_array_equal(got, expected)
