@@ -36,7 +36,7 @@ struct ScheduleParams {
 
 enum class Dtype { kBF16, kF16, kF32 };
 
-// What a call of a decode op does: attention and then combine, or one of the two. jax_flashmla/ops/splitkv.py says when they are calls of their own.
+// What a call of dense decode does: attention and then combine, or one of the two. jax_flashmla/ops/dense_decode.py says when they are calls of their own.
 enum class Phase : int { kAll, kAttend, kCombine };
 
 // What all decode kernels have, and all that the compute warpgroups and combine see.

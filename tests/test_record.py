@@ -1,16 +1,20 @@
 """Custom calls that record their kernels into XLA's command buffers, instead of having them captured."""
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
 
+import fake_xla
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_xla import FakeXla
 
 from jax_flashmla import _native, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, kvcache, ops
+from jax_flashmla._primitive import OPS
 
 PAGE = 64
 B, H, PAGES = 5, 16, 60
@@ -128,6 +132,77 @@ def test_lists_that_nobody_splits_are_one_call(cuda_build, monkeypatch):
     assert text.count(f"custom_call @{ops.sparse_decode.target}(") == 1
 
 
+# --- what XLA is told, by an XLA that is not there
+
+
+@pytest.fixture
+def xla():
+    extension = pytest.importorskip("jax_flashmla._C", reason="needs the compiled extension")
+    fake = FakeXla()
+    (capsule,) = extension.registrations(True).values()
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    error, metadata = fake.ask_metadata(fake_xla.Call(pointer(capsule, None)))
+    assert (error, fake.errors) == (None, [])
+    assert (metadata.version.major, metadata.version.minor) == extension.ffi_version() and metadata.traits == 1
+    return fake
+
+
+def append_operands(tokens, pool=0x1000, latent=0x2000, rope=0x3000, slots=0x4000):
+    kv = (PAGES, PAGE, 1, 576), jnp.bfloat16, pool
+    bf16 = ((tokens, 512), jnp.bfloat16, latent), ((tokens, 64), jnp.bfloat16, rope)
+    return [kv, *bf16, ((tokens,), jnp.int32, slots)], [kv]
+
+
+def test_all_targets_are_registered_with_both_stages(xla):
+    assert set(xla.handlers) == {op.target for op in OPS.values() if op.target}
+    for execute, record in xla.handlers.values():
+        assert fake_xla.address(execute) != fake_xla.address(record)
+        for handler in (execute, record):
+            error, metadata = xla.ask_metadata(handler)
+            assert error is None and metadata.traits == 1
+
+
+def test_a_launch_is_recorded_and_updated(xla):
+    _, record = xla.handlers[ops.append.target]
+    assert not xla.record(record, *append_operands(100))
+    ((event, name, image, dims, smem, (params,)),) = xla.events
+    assert event == "create" and "append_kernel" in name and smem == 0 and xla.num_commands.value == 1
+    assert image[:4] == b"\x50\xed\x55\xba" and len(image) > 1000
+    assert (dims.grid_y, dims.grid_z, dims.block_y, dims.block_z) == (1, 1, 1, 1)
+    assert dims.grid_x * dims.block_x == 32 * 104  # a warp has a token, a CTA eight of them
+    assert (dims.cluster_x, dims.cluster_y, dims.cluster_z) == (0, 0, 0)
+    for address in (0x1000, 0x2000, 0x3000, 0x4000):
+        assert address.to_bytes(8, "little") in params
+    assert not xla.record(record, *append_operands(100, latent=0x5000), update=True)
+    event, command, (moved,) = xla.events[-1]
+    assert (event, command, len(moved)) == ("update", 0xC0, len(params))
+    assert moved == params.replace((0x2000).to_bytes(8, "little"), (0x5000).to_bytes(8, "little"))
+
+
+def test_a_call_that_launches_nothing_is_captured(xla):
+    _, record = xla.handlers[ops.append.target]
+    assert not xla.record(record, *append_operands(0))
+    assert xla.events == [("capture",)] and xla.num_commands.value == 0
+
+
+def test_errors_of_a_handler_are_those_of_the_stage(xla):
+    _, record = xla.handlers[ops.append.target]
+    operands, results = append_operands(100)
+    (shape, dtype, _) = results[0]
+    assert xla.record(record, operands, [(shape, dtype, 0x9000)])
+    assert "append: the result must be the cache, in place" in xla.errors[0] and not xla.events
+    assert not xla.record(record, *append_operands(100))  # and the next one records
+
+
+@pytest.mark.parametrize("version", [(0, 2), (1, 1)])
+def test_another_version_is_an_error(version, xla):
+    xla.extension.base.major, xla.extension.base.minor = version
+    _, record = xla.handlers[ops.append.target]
+    assert xla.record(record, *append_operands(100))
+    assert "version 0.1" in xla.errors[0] and not xla.events
+
+
 # --- on a GPU
 
 PROGRAM = """
@@ -148,7 +223,7 @@ def test_kernels_are_recorded():
     tests = os.path.dirname(__file__)
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_MAX_VLOG_LEVEL": "0", "TF_CPP_VMODULE": "record_ffi=3"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(tests=tests)], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", PROGRAM.format(tests=tests)], env=env, capture_output=True, text=True, check=True
     )
     recorded = re.findall(r"FfiCreateLaunch for kernel: (\w+), use_pdl: (\w+)", done.stderr)
     assert all(overlaps == "true" for _, overlaps in recorded)
@@ -178,8 +253,8 @@ def test_results_are_not_copied_between_the_calls():
 
 
 @pytest.mark.gpu
-def test_more_kernels_than_a_call_can_record(monkeypatch):
-    """Prefill of a long prompt launches once for each of its plans: XLA captures what does not fit into its list."""
+def test_calls_of_several_kernels_are_captured(monkeypatch):
+    """Prefill of a long prompt launches once for each of its plans: XLA captures it."""
     sparse_prefill = sys.modules["jax_flashmla.ops.sparse_prefill"]
     monkeypatch.setattr(sparse_prefill, "MAX_SEQUENCES", 8)
     s_q = 100

@@ -28,7 +28,7 @@ struct Target {
 inline constexpr Target kTargets[] = {
     {"jax_flashmla.schedule.v1", Schedule, Record<Schedule>},
     {"jax_flashmla.dense_decode.v2", DenseDecode, Record<DenseDecode>},
-    {"jax_flashmla.sparse_decode.v2", SparseDecode, Record<SparseDecode>},
+    {"jax_flashmla.sparse_decode.v1", SparseDecode, Record<SparseDecode>},
     {"jax_flashmla.sparse_prefill.v1", SparsePrefill, Record<SparsePrefill>},
     {"jax_flashmla.append.v1", Append, Record<Append>},
     {"jax_flashmla.gather.v1", Gather, Record<Gather>},

@@ -118,29 +118,23 @@ XLA_FFI_Error* record(XLA_FFI_CallFrame* frame, XLA_FFI_Handler* execute) {
   XLA_FFI_Error* error = execute(frame);
   recording = nullptr, frame->stage = stage;
   if (error) return error;
-  const auto& launches = own.launches;
-  // A call that launches nothing has no command to wait for, and there is room for so many only.
-  if (own.incomplete || launches.empty() || int64_t(launches.size()) > to.max_commands) return to.api->request_stream_capture(to.context);
+  // Of two kernels both would get an edge from what is before the call, and no chain: captured, they are one. And a call that launches nothing has no command
+  // for others to wait for.
+  if (own.incomplete || own.launches.size() != 1) return to.api->request_stream_capture(to.context);
 
-  for (size_t i = 0; i < launches.size(); ++i) {
-    const Launch& launch = launches[i];
-    std::vector<KernelArg> args;
-    for (const std::string& bytes : launch.args) args.push_back({bytes.data(), int64_t(bytes.size()), kHostValue});
-    const KernelArgs all{args.data(), int64_t(args.size())};
-    if (to.action == Action::kUpdate) {  // the same launches of the same shapes; buffers have moved
-      error = to.api->update_launch(to.context, to.commands[i], &all);
-    } else {
-      const Image image = image_of(launch.kernel);
-      if (!image.data) return failure(&api->old, "jax_flashmla: the machine code of a kernel was not found");
-      const Dim3 cluster = launch.cluster > 1 ? Dim3{launch.cluster, 1, 1} : Dim3{};
-      const Command* after = i > 0 ? to.commands[i - 1] : nullptr;
-      error = to.api->create_launch(to.context, image.name, image.data, int64_t(image.bytes), kCubin, {to_dim3(launch.grid), to_dim3(launch.block), cluster},
-                                    uint32_t(launch.smem), true, &all, &after, i > 0, &to.commands[i]);
-      *to.num_commands = int64_t(i + 1);
-    }
-    if (error) return error;
-  }
-  return nullptr;
+  const Launch& launch = own.launches.front();
+  std::vector<KernelArg> args;
+  for (const std::string& bytes : launch.args) args.push_back({bytes.data(), int64_t(bytes.size()), kHostValue});
+  const KernelArgs all{args.data(), int64_t(args.size())};
+  if (to.action == Action::kUpdate) return to.api->update_launch(to.context, to.commands[0], &all);  // the same launch; buffers have moved
+  const Image image = image_of(launch.kernel);
+  if (!image.data) return failure(&api->old, "jax_flashmla: the machine code of a kernel was not found");
+  const Dim3 cluster = launch.cluster > 1 ? Dim3{launch.cluster, 1, 1} : Dim3{};
+  const LaunchDims dims{to_dim3(launch.grid), to_dim3(launch.block), cluster};
+  error = to.api->create_launch(to.context, image.name, image.data, int64_t(image.bytes), kCubin, dims, uint32_t(launch.smem), true, &all, nullptr, 0,
+                                &to.commands[0]);
+  if (!error) *to.num_commands = 1;
+  return error;
 }
 
 XLA_FFI_Error* RegisterTargets(XLA_FFI_CallFrame* frame) {

@@ -6,7 +6,6 @@
 #include "ffi/check.h"
 #include "ffi/handlers.h"
 #include "ffi/pool.h"
-#include "ffi/results.h"
 
 namespace jax_flashmla {
 namespace ffi = xla::ffi;
@@ -33,8 +32,8 @@ static ffi::Error set_source(SparseSource& source, const SparseDecodeParams& p, 
 static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::Buffer<ffi::S32> indices, ffi::Buffer<ffi::S32> topk_length,
                                    ffi::Buffer<ffi::F32> attn_sink, ffi::AnyBuffer extra_k_cache, ffi::Buffer<ffi::S32> extra_indices,
                                    ffi::Buffer<ffi::S32> extra_topk_length, ffi::Buffer<ffi::S32> cache_seqlens, ffi::Buffer<ffi::S32> metadata,
-                                   ffi::Buffer<ffi::S32> num_splits, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse,
-                                   ffi::ResultBuffer<ffi::F16> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats, float softmax_scale, int32_t phase) {
+                                   ffi::Buffer<ffi::S32> num_splits, ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse,
+                                   ffi::ResultBuffer<ffi::F16> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats, float softmax_scale) {
   const auto qd = q.dimensions(), meta = metadata.dimensions(), partial = partial_out->dimensions();
   FFI_CHECK(qd.size() == 4 && meta.size() == 2 && partial.size() == 4, "sparse_decode: q [b, s_q, h_q, d_qk], metadata [parts, 8]");
   const int64_t b = qd[0] * qd[1], s_q = qd[1], h_q = qd[2], d_qk = qd[3], parts = meta[0], slots = partial[0];
@@ -55,17 +54,15 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
   FFI_CHECK(
       slots >= 1 && partial[1] == 1 && partial[2] == (h_q + 15) / 16 * 16 && partial[3] == kDv && partial_stats->element_count() == size_t(4 * slots * h_q),
       "sparse_decode: partial_out [slots, 1, h_q rounded up to 16, 512], partial_stats [slots, 1, h_q, 4]");
-  Results results;
-  if (ffi::Error error = find_results(results, Phase(phase), rest, out, lse, partial_out, partial_stats, stream); error.failure()) return error;
   SparseDecodeParams p{};
   p.q = q.untyped_data();
   p.cache_seqlens = data_or_null(cache_seqlens);
   p.metadata = reinterpret_cast<const Part*>(metadata.typed_data());
   p.num_splits = data_or_null(num_splits);
-  p.out = results.out;
-  p.lse = results.lse;
-  p.partial_out = results.partial_out;
-  p.partial_stats = results.partial_stats;
+  p.out = out->untyped_data();
+  p.lse = lse->typed_data();
+  p.partial_out = partial_out->untyped_data();
+  p.partial_stats = partial_stats->untyped_data();
   p.b = int(b), p.s_q = 1, p.h_q = int(h_q), p.h_kv = 1, p.group = int(h_q), p.rows = int(h_q);
   p.d_qk = int(d_qk), p.max_len = int(kIntMax - kBlockTokens);
   p.num_parts = int(parts), p.slots = int(slots);
@@ -85,7 +82,7 @@ static ffi::Error SparseDecodeImpl(Stream stream, ffi::AnyBuffer q, ffi::AnyBuff
     FFI_CHECK(keys <= p.max_len, "sparse_decode: two lists of 2^31 entries at most");
     p.max_len = int(keys);
   }
-  FFI_LAUNCH(run_sparse_decode(p, Phase(phase)));
+  FFI_LAUNCH(run_sparse_decode(p));
   return ffi::Error::Success();
 }
 
@@ -103,13 +100,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SparseDecode, SparseDecodeImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F16>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("softmax_scale")
-                                  .Attr<int32_t>("phase"),
+                                  .Attr<float>("softmax_scale"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flashmla

@@ -7,8 +7,7 @@
 
 namespace jax_flashmla {
 
-Status run_sparse_decode(const SparseDecodeParams& p, Phase phase) {
-  if (phase == Phase::kCombine) return run_combine(p);
+Status run_sparse_decode(const SparseDecodeParams& p) {
   using sparse_decode::launch_sparse_decode;
   const bool bf16 = p.dtype == Dtype::kBF16, rope = p.d_qk > kDv;
   const auto plain = bf16 ? (rope ? launch_sparse_decode<__nv_bfloat16, 576, KVFormat::kPlain> : launch_sparse_decode<__nv_bfloat16, 512, KVFormat::kPlain>)
@@ -17,7 +16,7 @@ Status run_sparse_decode(const SparseDecodeParams& p, Phase phase) {
                         : p.format == KVFormat::kFp8V4 ? launch_sparse_decode<__nv_bfloat16, 512, KVFormat::kFp8V4>
                                                        : plain;
   if (Status error = launcher(p)) return error;
-  return phase == Phase::kAttend ? nullptr : run_combine(p);
+  return run_combine(p);
 }
 
 }  // namespace jax_flashmla

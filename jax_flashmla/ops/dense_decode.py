@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import reference
+from .. import _native, reference
 from .._primitive import define
 from .schedule import METADATA_WIDTH, num_parts, schedule, workspaces
-from .splitkv import attend_and_combine
 
 TARGET = "jax_flashmla.dense_decode.v2"
 MAX_ROWS = 8 * 65535
 """s_q * h_q that the handler, csrc/ffi/dense_decode.cc, takes."""
+ALL, ATTEND, COMBINE = (np.int32(phase) for phase in range(3))
+"""Phase in csrc/params.h."""
 
 
 def shapes(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softmax_scale, causal):
@@ -34,8 +35,15 @@ def cuda(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softma
     results = shapes(*operands, softmax_scale=softmax_scale, causal=causal)
     parts = metadata.shape[0]
     results += workspaces(b, rows, h_kv, parts)
-    scale = np.float32(softmax_scale)
-    return attend_and_combine(TARGET, results, operands, parts, softmax_scale=scale, causal=causal)[:2]
+    attributes = {"softmax_scale": np.float32(softmax_scale), "causal": causal}
+    call = jax.ffi.ffi_call(TARGET, results)
+    if not _native.records() or parts == 1:
+        return call(*operands, phase=ALL, **attributes)[:2]
+    # Kernels that XLA records may start while the one before them ends, and a chain of single ones does so soonest: of
+    # two in one call both would wait for what is before the call. So attention and combine are two calls.
+    in_place = {len(operands) + i: i for i in range(len(results))}
+    combine = jax.ffi.ffi_call(TARGET, results, input_output_aliases=in_place)
+    return combine(*operands, *call(*operands, phase=ATTEND, **attributes), phase=COMBINE, **attributes)[:2]
 
 
 def batch(bind, size, operands, mapped):

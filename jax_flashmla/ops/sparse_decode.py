@@ -7,9 +7,8 @@ import numpy as np
 from .. import reference
 from .._primitive import define
 from .schedule import MAX_SEQUENCES, constant_plan, num_parts, schedule, workspaces
-from .splitkv import attend_and_combine
 
-TARGET = "jax_flashmla.sparse_decode.v2"
+TARGET = "jax_flashmla.sparse_decode.v1"
 
 
 def shapes(q, *_, softmax_scale):
@@ -49,8 +48,8 @@ def cuda(
         plan = lengths, *(x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False, lists=False))
     operands = q, k_cache, indices, topk_length, attn_sink, extra_k_cache, extra_indices, extra_topk_length, *plan
     results = shapes(q, softmax_scale=softmax_scale) + workspaces(tokens, h_q, 1, parts)
-    split_parts = parts if plan[2].shape[0] else 1
-    return attend_and_combine(TARGET, results, operands, split_parts, softmax_scale=np.float32(softmax_scale))[:2]
+    out, lse, *_ = jax.ffi.ffi_call(TARGET, results)(*operands, softmax_scale=np.float32(softmax_scale))
+    return out, lse
 
 
 def _entries(indices, topk_length):
