@@ -17,8 +17,10 @@ namespace ffi = xla::ffi;
 // Attention and combine may be calls of their own (jax_flashmla/ops/dense_decode.py says when): the second one finds here what the first one left.
 static Status copy(void* to, const void* from, size_t bytes, Stream stream) {
   if (to == from) return nullptr;
-  if (recording) recording->incomplete = true;
-  if (recording) return nullptr;
+  if (recording) {
+    recording->incomplete = true;
+    return nullptr;
+  }
   const cudaError_t err = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
   return err == cudaSuccess ? nullptr : cudaGetErrorString(err);
 }
@@ -33,14 +35,14 @@ struct Results {
 static ffi::Error find_results(Results& to, Phase phase, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse,
                                ffi::ResultBuffer<ffi::F16> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats, Stream stream) {
   to = {out->untyped_data(), partial_out->untyped_data(), partial_stats->untyped_data(), lse->typed_data()};
-  FFI_CHECK(phase == Phase::kAll || phase == Phase::kAttend || phase == Phase::kCombine, "phase: 0, 1 or 2");
-  FFI_CHECK(rest.size() == (phase == Phase::kCombine ? 4 : 0), "phase: the results of attention are operands of combine, and of nothing else");
+  FFI_CHECK(phase == Phase::kAll || phase == Phase::kAttend || phase == Phase::kCombine, "dense_decode: phase 0, 1 or 2");
+  FFI_CHECK(rest.size() == (phase == Phase::kCombine ? 4 : 0), "dense_decode: the results of attention are operands of combine, and of nothing else");
   if (phase != Phase::kCombine) return ffi::Error::Success();
   const size_t bytes[4] = {out->size_bytes(), lse->size_bytes(), partial_out->size_bytes(), partial_stats->size_bytes()};
   void* left[4];
   for (size_t i = 0; i < 4; ++i) {
     const auto operand = rest.get<ffi::AnyBuffer>(i);
-    FFI_CHECK(operand.has_value() && operand->size_bytes() == bytes[i], "phase: combine has the results of attention as operands");
+    FFI_CHECK(operand.has_value() && operand->size_bytes() == bytes[i], "dense_decode: combine has the results of attention as operands");
     left[i] = operand->untyped_data();
   }
   to.partial_out = left[2], to.partial_stats = left[3];
