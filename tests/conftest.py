@@ -39,6 +39,13 @@ def device(request):
         yield chosen
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Those of one file at a time: thousands of compiled programs make a process slow, and large."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def cuda_build(monkeypatch):
     """Lowering for CUDA as on a machine that has the kernels; nothing is compiled or run."""
