@@ -105,7 +105,7 @@ def bytes_of(args):
 class FakeXla:
     """`handlers`: what was registered. `events`: what was recorded, in order; `errors`: messages."""
 
-    def __init__(self, version=(0, 1)):
+    def __init__(self):
         self.handlers, self.events, self.errors, self.keep = {}, [], [], []
         self.commands, self.num_commands = (c_void_p * 16)(), c_int64(0)
         record_api = RecordApi(
@@ -115,7 +115,7 @@ class FakeXla:
             0x77, ctypes.pointer(record_api), 0, self.commands, ctypes.pointer(self.num_commands), 16
         )
         self.extension = RecordExtension(
-            Extension(ctypes.sizeof(RecordExtension), 128, *version, None), ctypes.pointer(self.frame)
+            Extension(ctypes.sizeof(RecordExtension), 128, 0, 1, None), ctypes.pointer(self.frame)
         )
         functions = {0: self.create_error, 3: self.register, 4: self.stream, 18: self.find_extension}
         self.calls = {place: Call(function) for place, function in functions.items()}

@@ -3,7 +3,6 @@
 import importlib.util
 import inspect
 import json
-import re
 import subprocess
 import sys
 
@@ -94,7 +93,8 @@ def test_version():
 
 def test_one_name_in_every_layer():
     for name, op in OPS.items():
-        assert op.target is None or re.fullmatch(rf"jax_flashmla\.{name}\.v\d+", op.target)
+        version = {"dense_decode": 2}.get(name, 1)
+        assert op.target in (None, f"jax_flashmla.{name}.v{version}")
         assert op.reference is getattr(reference, name) and getattr(ops, name) is op
     assert len(jax_flashmla.EXPORT_SAFE) == len([op for op in OPS.values() if op.target])
     assert checks.HEAD_DIM_V == reference.D_V

@@ -12,8 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_xla import FakeXla
+from jax import export
 
-from jax_flashmla import _native, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata, kvcache, ops
+from jax_flashmla import (
+    EXPORT_SAFE,
+    _native,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    kvcache,
+    ops,
+)
 from jax_flashmla._primitive import OPS
 
 PAGE = 64
@@ -102,10 +111,9 @@ def test_can_be_turned_off(jaxlib_of, monkeypatch):
 # --- what is lowered
 
 
-def calls(records, monkeypatch, lengths=None):
+def calls(records, monkeypatch):
     monkeypatch.setattr(_native, "records", lambda: records)
-    q, pool, *_, table, given = operands(0)
-    lengths = given if lengths is None else lengths
+    q, pool, *_, table, lengths = operands(0)
     step = jax.jit(lambda *args: decode(*args, get_mla_metadata(lengths, H, 1)))
     text = step.trace(q, pool, table, lengths).lower(lowering_platforms=("cuda",)).as_text()
     return re.findall(rf"custom_call @{re.escape(ops.dense_decode.target)}\(.*", text)
@@ -120,6 +128,18 @@ def test_attention_and_combine_are_two_calls_where_kernels_are_recorded(cuda_bui
     attend, combine = calls(True, monkeypatch)
     assert "phase = 1 : i32" in attend and "output_operand_alias<" not in attend
     assert "phase = 2 : i32" in combine and combine.count("output_operand_alias<") == 4
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_two_calls_of_a_symbolic_batch(batch_invariant, cuda_build, monkeypatch):
+    monkeypatch.setattr(_native, "records", lambda: True)
+    (b,) = export.symbolic_shape("b")
+    q, pool, *_, table, lengths = operands(0)
+    shapes = [(b, *x.shape[1:]) if x is not pool else x.shape for x in (q, pool, table, lengths)]
+    specs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, (q, pool, table, lengths), strict=True)]
+    step = jax.jit(lambda *args: decode(*args, get_mla_metadata(args[3], H, 1, batch_invariant=batch_invariant)))
+    exported = export.export(step, platforms=("cuda",), disabled_checks=EXPORT_SAFE)(*specs)
+    assert exported.mlir_module().count(f"custom_call @{ops.dense_decode.target}(") == 2
 
 
 def test_lists_that_nobody_splits_are_one_call(cuda_build, monkeypatch):

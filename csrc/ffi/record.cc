@@ -21,7 +21,6 @@ namespace {
 
 constexpr int64_t kRecordExtension = 128;
 constexpr int kMajor = 0, kMinor = 1;
-constexpr auto kExecuteStage = XLA_FFI_ExecutionStage_EXECUTE;
 
 struct Extension {
   size_t struct_size;
@@ -88,10 +87,10 @@ struct RecordExtension {
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------------
 
-XLA_FFI_Error* failure(const XLA_FFI_Api* api, const std::string& message) {
+XLA_FFI_Error* failure(const XLA_FFI_Api* api, const char* message) {
   XLA_FFI_Error_Create_Args args{};
   args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
-  args.message = message.c_str();
+  args.message = message;
   args.errc = XLA_FFI_Error_Code_INTERNAL;
   return api->XLA_FFI_Error_Create(&args);
 }
@@ -114,7 +113,7 @@ XLA_FFI_Error* record(XLA_FFI_CallFrame* frame, XLA_FFI_Handler* execute) {
 
   Recording own;
   const auto stage = frame->stage;
-  recording = &own, frame->stage = kExecuteStage;
+  recording = &own, frame->stage = XLA_FFI_ExecutionStage_EXECUTE;
   XLA_FFI_Error* error = execute(frame);
   recording = nullptr, frame->stage = stage;
   if (error) return error;
