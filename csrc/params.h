@@ -30,6 +30,7 @@ struct ScheduleParams {
   Part* metadata;            // [n, num_parts]
   int* num_splits;           // [n, b + 1]
   int n, b, num_parts;
+  int row_tiles;                // that a sequence's query rows take
   bool batch_invariant, lists;  // lists: parts may list sequences
   Stream stream;
 };

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from . import checks, ops
 from .kvcache import arguments
-from .ops.schedule import METADATA_WIDTH, num_parts
+from .ops.schedule import METADATA_WIDTH, num_parts, row_tiles
 
 
 def get_mla_metadata(
@@ -64,7 +64,9 @@ def get_mla_metadata(
     checks.invariant_batch(b, batch_invariant)
     parts = num_parts(b, rows, h_kv, batch_invariant=batch_invariant)
     lengths = jnp.asarray(cache_seqlens)[None]
-    metadata, num_splits = ops.schedule(lengths, parts=parts, batch_invariant=batch_invariant, lists=True)
+    metadata, num_splits = ops.schedule(
+        lengths, parts=parts, row_tiles=row_tiles(rows), batch_invariant=batch_invariant, lists=True
+    )
     return metadata[0], num_splits[0]
 
 

@@ -21,12 +21,14 @@ CHUNK_LISTS = 64  # and so many lists at a time in sparse prefill, whose queries
 
 # The integers of the plan, the same in the CUDA planner: a KV block is 64 tokens; starting on a sequence costs about as
 # much as 2 blocks; the kernel works on blocks in pairs, so a split has two at least; merging partial results costs
-# the whole batch about 6 blocks.
+# the whole batch about 6 blocks, and with several row tiles, whose partial results are more and which leave the memory
+# time to spare, about a 24th of a part.
 BLOCK = 64
 SEQUENCE_OVERHEAD_BLOCKS = 2
 MIN_SPLIT_BLOCKS = 2
 EVEN_CANDIDATES = 32
 SPLIT_PENALTY_BLOCKS = 6
+SPLIT_PENALTY_SHARE = 24
 MIN_INVARIANT_BLOCKS = 16
 MAX_INVARIANT_SPLITS = 16
 MOST_LISTED = 4  # sequences of a part that lists them
@@ -203,16 +205,17 @@ def sparse_prefill(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
     return [x.reshape(steps * size, h_q, *x.shape[4:])[:s_q] for x in results]
 
 
-def schedule(cache_seqlens, *, parts, batch_invariant, lists):
+def schedule(cache_seqlens, *, parts, row_tiles, batch_invariant, lists):
     """n independent plans; see `_plan_balanced` and `_plan_invariant` for one."""
-    plan = _plan_invariant if batch_invariant else functools.partial(_plan_balanced, lists=lists)
+    plan = _plan_invariant if batch_invariant else functools.partial(_plan_balanced, row_tiles=row_tiles, lists=lists)
     metadata, partials = jax.vmap(lambda lengths: plan(_blocks(lengths), parts))(cache_seqlens)
     return metadata, jnp.pad(jnp.cumsum(partials, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
-def equal_plan(b, length, parts):
+def equal_plan(b, length, parts, row_tiles):
     """`schedule` in numpy for b sequences of one length: known while a program is traced."""
-    metadata, partials = _plan_balanced(np.full(b, -(-length // BLOCK), np.int32), parts, lists=False, xp=np)
+    blocks = np.full(b, -(-length // BLOCK), np.int32)
+    metadata, partials = _plan_balanced(blocks, parts, row_tiles=row_tiles, lists=False, xp=np)
     return metadata.astype(np.int32), np.pad(partials.cumsum(dtype=np.int32), (1, 0))
 
 
@@ -221,7 +224,7 @@ def _blocks(lengths):
     return lengths // BLOCK + (lengths % BLOCK != 0).astype(jnp.int32)  # lengths + 63 could overflow
 
 
-def _plan_balanced(blocks, parts, *, lists, xp=jnp):
+def _plan_balanced(blocks, parts, *, row_tiles, lists, xp=jnp):
     """Cuts the line of all sequences, each `overhead + blocks` long, into `parts` pieces of equal cost.
 
     Every part finds its own two cuts from the prefix sums, so nothing is sequential. A cut that would leave a piece of
@@ -253,7 +256,8 @@ def _plan_balanced(blocks, parts, *, lists, xp=jnp):
     whole = (starts[:b] + ends[:b] <= 2 * share[:, None]).sum(axis=1, dtype=xp.int32)
     whole = xp.where(p == parts, b, whole)
     longest = xp.diff(starts[whole]).max()
-    limit = step + SEQUENCE_OVERHEAD_BLOCKS + SPLIT_PENALTY_BLOCKS  # what a part of whole sequences may cost
+    penalty = SPLIT_PENALTY_BLOCKS if row_tiles == 1 else xp.maximum(SPLIT_PENALTY_BLOCKS, step // SPLIT_PENALTY_SHARE)
+    limit = step + SEQUENCE_OVERHEAD_BLOCKS + penalty  # what a part of whole sequences may cost
     keep_whole = longest <= limit
     seq, block = xp.where(keep_whole, whole, seq), xp.where(keep_whole, 0, block)
 

@@ -48,7 +48,7 @@ def check(case: Case, batch_invariant: bool) -> bool:
         rows = case.s_q * case.h_q // case.h_kv
         plan = get_mla_metadata(lengths, rows, case.h_kv, batch_invariant=batch_invariant)
         if case is LISTED_CASE:  # whose plan for so few parts lists sequences
-            metadata, num_splits = ops.schedule(lengths[None], parts=3, batch_invariant=False, lists=True)
+            metadata, num_splits = ops.schedule(lengths[None], parts=3, row_tiles=1, batch_invariant=False, lists=True)
             plan = metadata[0], num_splits[0]
         return flash_mla_with_kvcache(q, k_cache, table, lengths, 512, *plan, causal=case.causal, implementation="cuda")
 

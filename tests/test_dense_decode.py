@@ -234,7 +234,7 @@ def test_parts_that_list_sequences(s_q, h_q, dtype):
     case = Case("listed", LISTED, s_q, h_q, causal=s_q > 1, dtype=dtype)
     inputs = on_gpu(testing.make_inputs(case))
     lengths = jnp.stack([inputs.cache_seqlens, inputs.cache_seqlens[::-1]])
-    metadata, num_splits = ops.schedule(lengths, parts=3, batch_invariant=False, lists=True)
+    metadata, num_splits = ops.schedule(lengths, parts=3, row_tiles=1, batch_invariant=False, lists=True)
     assert (metadata[..., 4] == -1).all() and not num_splits.any()
 
     def one(q, table, lengths, *plan):

@@ -97,7 +97,7 @@ class SparsePrefillParams(SparseDecodeParams):
 class ScheduleParams(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cache_seqlens", "metadata", "num_splits")),
-        *((name, ctypes.c_int) for name in ("n", "b", "num_parts")),
+        *((name, ctypes.c_int) for name in ("n", "b", "num_parts", "row_tiles")),
         *((name, ctypes.c_bool) for name in ("batch_invariant", "lists")),
         ("stream", ctypes.c_void_p),
     )
@@ -130,12 +130,12 @@ def kernels(tmp_path_factory):
     return loaded
 
 
-def emulate_schedule(kernels, lengths, parts, batch_invariant=False, lists=False):
+def emulate_schedule(kernels, lengths, parts, batch_invariant=False, lists=False, row_tiles=1):
     lengths = np.array(lengths, np.int32)
     metadata = np.full((parts, METADATA_WIDTH), -1, np.int32)
     num_splits = np.full(len(lengths) + 1, -1, np.int32)
     pointers = (x.ctypes.data for x in (lengths, metadata, num_splits))
-    params = ScheduleParams(*pointers, 1, len(lengths), parts, batch_invariant, lists, None)
+    params = ScheduleParams(*pointers, 1, len(lengths), parts, row_tiles, batch_invariant, lists, None)
     assert kernels.emulate_schedule(ctypes.byref(params)) is None
     return metadata, num_splits
 
@@ -171,11 +171,11 @@ PLANS = [(name, parts) for name, lengths in BATCHES.items() if 1 <= len(lengths)
 
 
 @pytest.mark.parametrize("name, parts", PLANS)
-@pytest.mark.parametrize("lists", (False, True))
-def test_schedule(kernels, name, parts, lists):
-    metadata, num_splits = emulate_schedule(kernels, BATCHES[name], parts, lists=lists)
-    lengths = jnp.array(BATCHES[name], jnp.int32)
-    expected = ops.schedule.reference(lengths[None], parts=parts, batch_invariant=False, lists=lists)
+@pytest.mark.parametrize("lists, row_tiles", ((False, 1), (True, 1), (True, 2)))
+def test_schedule(kernels, name, parts, lists, row_tiles):
+    metadata, num_splits = emulate_schedule(kernels, BATCHES[name], parts, lists=lists, row_tiles=row_tiles)
+    attributes = {"parts": parts, "row_tiles": row_tiles, "batch_invariant": False, "lists": lists}
+    expected = ops.schedule.reference(jnp.array([BATCHES[name]], jnp.int32), **attributes)
     np.testing.assert_array_equal(metadata, expected[0][0])
     np.testing.assert_array_equal(num_splits, expected[1][0])
 

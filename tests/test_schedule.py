@@ -14,6 +14,7 @@ from jax_flashmla import _native, get_mla_metadata, ops
 from jax_flashmla.ops.schedule import MAX_CONSTANT_PLAN, constant_plan, num_parts
 
 BLOCK, OVERHEAD, PENALTY, MIN, MAX_INVARIANT, MIN_INVARIANT = 64, 2, 6, 2, 16, 16
+PENALTY_SHARE = 24
 MOST_LISTED, MAX_LISTED = 4, 1024
 
 
@@ -21,7 +22,7 @@ def blocks_of(length):
     return -(-max(length, 0) // BLOCK)
 
 
-def sequential_plan(lengths, parts, lists=True):
+def sequential_plan(lengths, parts, lists=True, row_tiles=1):
     """Cut after cut, in unbounded integers."""
     b = len(lengths)
     blocks = [min(blocks_of(n), 2**29 // max(b, 1)) for n in lengths]
@@ -53,7 +54,7 @@ def sequential_plan(lengths, parts, lists=True):
     middles = [start + (n + OVERHEAD) / 2 for start, n in zip(starts, blocks, strict=True)]
     owner = [0] + [sum(middle <= min(p * share, total) for middle in middles) for p in range(1, parts)] + [b]
     loads = [sum(n + OVERHEAD for n in blocks[i:j]) for i, j in itertools.pairwise(owner)]
-    limit = step + OVERHEAD + PENALTY
+    limit = step + OVERHEAD + (max(PENALTY, step // PENALTY_SHARE) if row_tiles > 1 else PENALTY)
     if max(loads) <= limit:
         cuts = [(seq, 0) for seq in owner]
     elif lists and parts < b <= MAX_LISTED and (listed := sequential_listed_plan(blocks, parts, limit)):
@@ -159,18 +160,19 @@ def check_plan(lengths, metadata, num_splits, *, minimum):
     assert num_splits[0] == 0 and num_splits[-1] <= max(1, parts - 1 + min(b, parts - 1))  # the decode op's workspace
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def jitted(lengths, parts, batch_invariant, lists=True):
-    metadata, num_splits = ops.schedule(lengths[None], parts=parts, batch_invariant=batch_invariant, lists=lists)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def jitted(lengths, parts, batch_invariant, lists, row_tiles):
+    attributes = {"parts": parts, "row_tiles": row_tiles, "batch_invariant": batch_invariant, "lists": lists}
+    metadata, num_splits = ops.schedule(lengths[None], **attributes)
     return metadata[0], num_splits[0]
 
 
-def plan(lengths, parts, lists=True):
-    return jitted(jnp.array(lengths, jnp.int32), parts, False, lists)
+def plan(lengths, parts, lists=True, row_tiles=1):
+    return jitted(jnp.array(lengths, jnp.int32), parts, False, lists, row_tiles)
 
 
 def invariant_plan(lengths):
-    return jitted(jnp.array(lengths, jnp.int32), len(lengths) * MAX_INVARIANT, True)
+    return jitted(jnp.array(lengths, jnp.int32), len(lengths) * MAX_INVARIANT, True, True, 1)
 
 
 def random_lengths(b, high, seed):
@@ -191,6 +193,7 @@ BATCHES = {
     "just_split": [64 * 8],
     "one_long": [131072],
     "uniform_128": [4096] * 128,
+    "long_64": [16384] * 64,
     "skewed": [100000] + [1] * 63,
     "random_512": random_lengths(512, 30000, 0),
     "random_33": random_lengths(33, 3000, 1),
@@ -216,6 +219,24 @@ def test_plan(lengths, parts):
         np.testing.assert_array_equal(metadata, expected)
         np.testing.assert_array_equal(num_splits, expected_splits)
         check_plan(lengths, metadata, num_splits, minimum=MIN)
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+def test_plan_of_several_row_tiles(lengths):
+    metadata, num_splits = plan(lengths, 33, True, row_tiles=2)
+    expected, expected_splits = sequential_plan(lengths, 33, True, row_tiles=2)
+    np.testing.assert_array_equal(metadata, expected)
+    np.testing.assert_array_equal(num_splits, expected_splits)
+    check_plan(lengths, metadata, num_splits, minimum=MIN)
+
+
+def test_several_row_tiles_are_split_later():
+    """Parts of one or two whole sequences of 256 blocks, instead of 497 blocks for each."""
+    lengths = BATCHES["long_64"]
+    assert np.asarray(plan(lengths, 33)[1])[-1] > 0
+    metadata, num_splits = map(np.asarray, plan(lengths, 33, row_tiles=4))
+    assert num_splits[-1] == 0 and not metadata[:, [1, 3, 4]].any()
+    assert set(metadata[:, 2] - metadata[:, 0]) == {1, 2}
 
 
 @pytest.mark.parametrize("lengths", huge.values(), ids=huge.keys())
@@ -307,14 +328,11 @@ def test_num_parts_fills_whole_waves(monkeypatch):
 @pytest.mark.parametrize("lengths", (BATCHES | huge).values(), ids=(BATCHES | huge).keys())
 def test_kernel_plans_like_the_reference(lengths, device):
     lengths = jnp.array(lengths, jnp.int32)
-    plans = itertools.product((1, 26, 132), (False,), (False, True))
-    for parts, batch_invariant, lists in (*plans, (len(lengths) * MAX_INVARIANT, True, True)):
-        got = ops.schedule(
-            lengths[None], parts=parts, batch_invariant=batch_invariant, lists=lists, implementation="cuda"
-        )
-        expected = ops.schedule(
-            lengths[None], parts=parts, batch_invariant=batch_invariant, lists=lists, implementation="xla"
-        )
+    plans = itertools.product((1, 33, 132), (False,), ((False, 1), (True, 1), (True, 2)))
+    for parts, batch_invariant, (lists, row_tiles) in (*plans, (len(lengths) * MAX_INVARIANT, True, (True, 1))):
+        attributes = {"parts": parts, "row_tiles": row_tiles, "batch_invariant": batch_invariant, "lists": lists}
+        got = ops.schedule(lengths[None], **attributes, implementation="cuda")
+        expected = ops.schedule(lengths[None], **attributes, implementation="xla")
         for x, y in zip(got, expected, strict=True):
             np.testing.assert_array_equal(x, y)
 
@@ -322,8 +340,9 @@ def test_kernel_plans_like_the_reference(lengths, device):
 @pytest.mark.gpu
 def test_kernel_makes_many_plans_at_once(device):
     lengths = jnp.array([random_lengths(40, 20000, seed) for seed in range(300)], jnp.int32)
-    got = ops.schedule(lengths, parts=132, batch_invariant=False, lists=True, implementation="cuda")
-    expected = ops.schedule(lengths, parts=132, batch_invariant=False, lists=True, implementation="xla")
+    attributes = {"parts": 132, "row_tiles": 1, "batch_invariant": False, "lists": True}
+    got = ops.schedule(lengths, **attributes, implementation="cuda")
+    expected = ops.schedule(lengths, **attributes, implementation="xla")
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -332,20 +351,20 @@ def test_kernel_makes_many_plans_at_once(device):
 def test_kernel_makes_large_invariant_plans(device):
     """Nothing limits them but the decode kernel's grid: the planner's shared memory is for the balanced ones."""
     lengths = jnp.arange(4095, dtype=jnp.int32) % 3000
-    parts = 4095 * MAX_INVARIANT
-    got = ops.schedule(lengths[None], parts=parts, batch_invariant=True, lists=True, implementation="cuda")
-    expected = ops.schedule(lengths[None], parts=parts, batch_invariant=True, lists=True, implementation="xla")
+    attributes = {"parts": 4095 * MAX_INVARIANT, "row_tiles": 1, "batch_invariant": True, "lists": True}
+    got = ops.schedule(lengths[None], **attributes, implementation="cuda")
+    expected = ops.schedule(lengths[None], **attributes, implementation="xla")
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("parts", (1, 7, 66, 132))
+@pytest.mark.parametrize("parts, row_tiles", ((1, 1), (7, 1), (66, 2), (132, 1)))
 @pytest.mark.parametrize("b", (1, 2, 74, 321, 4096))
 @pytest.mark.parametrize("length", (1, 64, 2048, 16385))
-def test_constant_plan(b, length, parts):
+def test_constant_plan(b, length, parts, row_tiles):
     """In numpy what the planner makes of equal lengths; what a kernel needs not be told has no elements."""
-    lengths, metadata, num_splits = constant_plan(b, length, parts)
-    expected, expected_splits = map(np.asarray, plan([length] * b, parts, lists=False))
+    lengths, metadata, num_splits = constant_plan(b, length, parts, row_tiles)
+    expected, expected_splits = map(np.asarray, plan([length] * b, parts, lists=False, row_tiles=row_tiles))
     np.testing.assert_array_equal(metadata, expected)
     assert lengths.size == 0 and metadata.dtype == num_splits.dtype == lengths.dtype == np.int32
     if num_splits.size or expected_splits.any():
@@ -353,6 +372,6 @@ def test_constant_plan(b, length, parts):
 
 
 def test_large_plans_are_no_constants():
-    assert constant_plan(MAX_CONSTANT_PLAN, 64, 132) is not None
-    assert constant_plan(MAX_CONSTANT_PLAN + 1, 64, 132) is None
-    assert constant_plan(0, 64, 132) is None
+    assert constant_plan(MAX_CONSTANT_PLAN, 64, 132, 1) is not None
+    assert constant_plan(MAX_CONSTANT_PLAN + 1, 64, 132, 1) is None
+    assert constant_plan(0, 64, 132, 1) is None

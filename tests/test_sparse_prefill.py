@@ -392,7 +392,7 @@ def test_cuda_lowering(cuda_build, s_q, h_kv, plans, chunk):
         f"(tensor<{s_q}x16x512xbf16>, tensor<{s_q}x16xf32>, tensor<{s_q}x16xf32>, "
         f"tensor<{slots}x1x16x512xf16>, tensor<{slots}x1x{group}x4xf32>, tensor<{slots}x{group}xf32>)"
     )
-    assert text.count("@jax_flashmla.schedule.v1(") == 1
+    assert text.count("@jax_flashmla.schedule.v2(") == 1
     without = lowered(*specs(s_q, h_kv=h_kv), with_lengths=False)
     (call,) = [line for line in without.splitlines() if f"@{TARGET}(" in line]
     assert f"x{h_kv}x64xi32>, tensor<0xi32>, tensor<0xf32>" in call

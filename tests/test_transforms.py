@@ -241,7 +241,7 @@ def test_vmap_folds_the_plan(share_plan, batch_invariant):
 
 def test_vmap_folds_lists_of_sequences():
     lengths = jnp.array([LISTED] * 2, jnp.int32)
-    metadata, num_splits = ops.schedule(lengths, parts=3, batch_invariant=False, lists=True)
+    metadata, num_splits = ops.schedule(lengths, parts=3, row_tiles=1, batch_invariant=False, lists=True)
     *_, both, splits = folded_operands(lengths, metadata, num_splits)
     assert (metadata[..., 4] == -1).all() and not splits.any()
     np.testing.assert_array_equal(both[3:] - both[:3], np.tile([8, 0, 8, 0, 0, 8, 8, 8], (3, 1)))

@@ -26,7 +26,7 @@ struct Target {
   XLA_FFI_Handler *execute, *record;
 };
 inline constexpr Target kTargets[] = {
-    {"jax_flashmla.schedule.v1", Schedule, Record<Schedule>},
+    {"jax_flashmla.schedule.v2", Schedule, Record<Schedule>},
     {"jax_flashmla.dense_decode.v2", DenseDecode, Record<DenseDecode>},
     {"jax_flashmla.sparse_decode.v1", SparseDecode, Record<SparseDecode>},
     {"jax_flashmla.sparse_prefill.v1", SparsePrefill, Record<SparsePrefill>},

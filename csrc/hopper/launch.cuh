@@ -11,11 +11,22 @@
 
 namespace jax_flashmla {
 
-// Every kernel may start before its predecessor in the stream ends, and every CTA of it waits here until that one is through and its writes are visible,
-// before it touches what the predecessor writes or reads. A kernel's end therefore stands for the end of all before it, which successors rely on, in CUDA
-// graphs above all.
+// Every kernel may start before its predecessor in the stream ends. A CTA waits here until that one is through and its writes are visible, before it touches
+// what the predecessor writes or reads, and one CTA at least waits in any case: a kernel's end therefore stands for the end of all before it, which successors
+// rely on, in CUDA graphs above all.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// What the predecessor may be about to write, read before the wait: it may be of any age, and is good for nothing but to say what to prefetch. It does not come
+// by L1, which would still have it after the wait.
+template <class T>
+__device__ __forceinline__ T read_early(const T& from) {
+  static_assert(sizeof(T) % sizeof(int) == 0);
+  T value;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / sizeof(int); ++i) reinterpret_cast<int*>(&value)[i] = __ldcg(reinterpret_cast<const int*>(&from) + i);
+  return value;
+}
 
 inline int64_t l2_bytes() {
   int device = 0, bytes = 0;

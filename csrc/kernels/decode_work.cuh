@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "hopper/barrier.cuh"
+#include "hopper/launch.cuh"
 #include "hopper/tma.cuh"
 #include "params.h"
 
@@ -22,10 +23,10 @@ struct Work {
   __device__ int blocks() const { return max(end - begin, 0); }
 };
 
-// The part of the schedule of this CTA. Metadata come from the device and may be anything: no sequence outside of [0, b) survives.
+// The part of the schedule of this CTA. Metadata come from the device and may be anything: no sequence outside of [0, b) survives. early: read_early.
 template <bool kLists = false>
-__device__ __forceinline__ Part load_part(const DecodeParams& p) {
-  Part part = p.metadata[blockIdx.z];
+__device__ __forceinline__ Part load_part(const DecodeParams& p, bool early = false) {
+  Part part = early ? read_early(p.metadata[blockIdx.z]) : p.metadata[blockIdx.z];
   part.begin_seq = max(part.begin_seq, 0);
   if (kLists && part.begin_split < 0) {
     const bool good = part.begin_seq < p.b && static_cast<unsigned>(part.end_seq - part.begin_seq) <= kMostListed;

@@ -109,6 +109,28 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   }
 }
 
+// ---- before the predecessor ends -----------------------------------------------------------------------------------------------------------------
+
+// Brings this CTA's first keys to L2 while memory has little else to do: a lane for each sub-tile of the two slots.
+template <class Tr>
+__device__ __forceinline__ void prefetch_keys(const CUtensorMap& k_map, const DenseDecodeParams& p, int lane) {
+  const int slot = lane / Tr::kSubTiles, t = lane % Tr::kSubTiles, tokens = min(p.page_size, kBlockTokens), page_bits = __ffs(p.page_size) - 1;
+  if (slot > 1 || blockIdx.x > 0) return;  // row tiles share keys
+  const Part part = load_part<true>(p, true);
+  if (part.begin_seq >= p.b) return;
+  const int first = (min(max(part.begin_block, 0), p.max_len / kBlockTokens) + slot) * kBlockTokens;
+  const int* table = p.block_table + int64_t(part.begin_seq) * p.max_pages;
+  int pages[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int column = (first + c * tokens) >> page_bits;
+    pages[c] = c * tokens < kBlockTokens && column < p.max_pages ? read_early(table[column]) : -1;
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+    if (static_cast<unsigned>(pages[c]) < static_cast<unsigned>(p.num_pages)) tma_prefetch(k_map, t * 64, blockIdx.y, first & (p.page_size - 1), pages[c]);
+}
+
 // ---- kernel and launcher ------------------------------------------------------------------------------------------------------------------------
 
 template <class Tr>
@@ -119,6 +141,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Broadcast, so that the compiler sees warp-uniform branches.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
 
+  if (warp == 7) prefetch_keys<Tr>(k_map, p, lane);  // a warp that waits for keys
+  __syncwarp();
   if (warp >= 8)
     produce<Tr>(q_map, k_map, p, smem, warp - 8, lane);
   else

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
   auto& smem = *reinterpret_cast<Storage*>(raw);
   let_successor_start();
   // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. A job waits for the decode kernel, and so does
-  // every CTA, also one without a job: successors take this kernel's end for the end of all before it.
+  // the first CTA in any case: successors take this kernel's end for the end of all before it. The others, without a job, leave their SMs to the next kernel.
   const int lane = threadIdx.x & 31, groups = (p.rows + kFragmentRows - 1) / kFragmentRows, kv_groups = p.h_kv * groups;
   int64_t own = blockIdx.x, before = 0;  // this CTA's next job, and the jobs of earlier sequences
   const int end = p.num_splits[p.b] == 0 ? 0 : sequences;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     }
     before += all;
   }
-  wait_for_predecessor();
+  if (blockIdx.x == 0) wait_for_predecessor();
 }
 
 template <class T, class Params>

@@ -18,6 +18,7 @@ namespace {
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kSequenceOverhead = 2;    // what a piece costs besides its blocks, in blocks: Q, prologue, epilogue
 constexpr int kSplitPenalty = 6;        // blocks; what partial results and merging them cost the whole batch
+constexpr int kSplitPenaltyShare = 24;  // with several row tiles that share of a part, where it is more
 constexpr int kMinSplit = 2;            // blocks; a pair is what the kernel works on
 constexpr int kMinInvariantSplit = 16;  // batch-invariant plans: the length alone decides
 constexpr int kMaxListed = 1024;        // sequences whose order is looked for: every one is compared with every other
@@ -181,7 +182,8 @@ __device__ void plan_balanced(const ScheduleParams& p, const int* lens, Part* pa
     }
   }
   __syncthreads();
-  const int limit = step + kSequenceOverhead + kSplitPenalty;  // what a part of whole sequences may cost
+  const int penalty = p.row_tiles > 1 ? max(kSplitPenalty, step / kSplitPenaltyShare) : kSplitPenalty;
+  const int limit = step + kSequenceOverhead + penalty;  // what a part of whole sequences may cost
   bool unbalanced = false;
 #pragma unroll 1
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads) unbalanced |= prefix[whole[part + 1]] - prefix[whole[part]] > limit;

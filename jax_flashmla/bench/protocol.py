@@ -43,7 +43,7 @@ class Mode(NamedTuple):
     timed: float
 
 
-BURST = Mode("burst", turns=6, pause=0.1, warm=0.0, timed=0.01)
+BURST = Mode("burst", turns=12, pause=0.1, warm=0.0, timed=0.01)
 SUSTAINED = Mode("sustained", turns=2, pause=0.0, warm=1.0, timed=0.5)
 MODES = {mode.name: mode for mode in (BURST, SUSTAINED)}
 

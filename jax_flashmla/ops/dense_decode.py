@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import _native, reference
 from .._primitive import define
-from .schedule import METADATA_WIDTH, num_parts, schedule, workspaces
+from .schedule import METADATA_WIDTH, num_parts, row_tiles, schedule, workspaces
 
 TARGET = "jax_flashmla.dense_decode.v2"
 MAX_ROWS = 8 * 65535
@@ -30,7 +30,8 @@ def cuda(q, k_cache, block_table, cache_seqlens, metadata, num_splits, *, softma
     if metadata.shape[0] == 0:  # no plan given: make it here, after vmap has folded its axes into b
         lengths = reference.clamp_lengths(cache_seqlens, block_table, page_size)
         parts = num_parts(b, rows, h_kv)
-        metadata, num_splits = (x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False, lists=True))
+        plan = schedule(lengths[None], parts=parts, row_tiles=row_tiles(rows), batch_invariant=False, lists=True)
+        metadata, num_splits = (x[0] for x in plan)
     operands = q, k_cache, block_table, cache_seqlens, metadata, num_splits
     results = shapes(*operands, softmax_scale=softmax_scale, causal=causal)
     parts = metadata.shape[0]

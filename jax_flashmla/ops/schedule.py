@@ -7,7 +7,7 @@ import numpy as np
 from .. import _native, reference
 from .._primitive import define
 
-TARGET = "jax_flashmla.schedule.v1"
+TARGET = "jax_flashmla.schedule.v2"
 ROW_TILE = 64
 METADATA_WIDTH = 8
 MAX_SEQUENCES = 50_000
@@ -32,6 +32,11 @@ def num_parts(b: int, rows: int, h_kv: int, *, batch_invariant: bool = False) ->
     return next(parts for waves, parts in full if parts and waves * sms <= 1.05 * parts * tiles)
 
 
+def row_tiles(rows: int) -> int:
+    """Row tiles of a sequence and KV head; 1 where the number of rows is symbolic, as `num_parts` takes it."""
+    return -(-rows // ROW_TILE) if isinstance(rows, int) else 1
+
+
 def workspaces(b: int, rows: int, h_kv: int, parts: int) -> list[jax.ShapeDtypeStruct]:
     """Room for the partial results: p - 1 inner boundaries add one each, and one more per sequence that they cut."""
     slots = max(1, parts - 1 + min(b, parts - 1)) if isinstance(b, int) and isinstance(parts, int) else 2 * parts
@@ -41,7 +46,7 @@ def workspaces(b: int, rows: int, h_kv: int, parts: int) -> list[jax.ShapeDtypeS
     ]
 
 
-def constant_plan(b: int, length: int, parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def constant_plan(b: int, length: int, parts: int, row_tiles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Lengths, metadata and num_splits for b sequences of one length; None where the planner's kernel is to make them.
 
     The kernels read lengths and num_splits of shape (0,) as "all are as long as their list" and "none is split". XLA
@@ -50,12 +55,12 @@ def constant_plan(b: int, length: int, parts: int) -> tuple[np.ndarray, np.ndarr
     """
     if not (isinstance(b, int) and isinstance(length, int) and isinstance(parts, int) and 1 <= b <= MAX_CONSTANT_PLAN):
         return None
-    metadata, num_splits = reference.equal_plan(b, length, parts)
+    metadata, num_splits = reference.equal_plan(b, length, parts, row_tiles)
     nothing = np.zeros(0, np.int32)
     return nothing, metadata, num_splits[None] if num_splits[-1] else nothing
 
 
-def shapes(cache_seqlens, *, parts, batch_invariant, lists):
+def shapes(cache_seqlens, *, parts, row_tiles, batch_invariant, lists):
     n, b = cache_seqlens.shape
     return [
         jax.ShapeDtypeStruct((n, parts, METADATA_WIDTH), jnp.int32),
@@ -65,6 +70,7 @@ def shapes(cache_seqlens, *, parts, batch_invariant, lists):
 
 def cuda(cache_seqlens, *, parts, **attributes):
     results = shapes(cache_seqlens, parts=parts, **attributes)
+    attributes["row_tiles"] = np.int32(attributes["row_tiles"])
     return jax.ffi.ffi_call(TARGET, results)(cache_seqlens, **attributes)
 
 
@@ -82,7 +88,7 @@ def unsupported(cache_seqlens):
 
 
 # Operands are n independent batches, so that vmap makes n plans in one launch; the public function has n = 1.
-# lists: parts may list whole sequences in any order, which dense decode understands.
+# row_tiles: of a sequence. lists: parts may list whole sequences in any order, which dense decode understands.
 schedule = define(
     "schedule",
     target=TARGET,

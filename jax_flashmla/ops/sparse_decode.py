@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import reference
 from .._primitive import define
-from .schedule import MAX_SEQUENCES, constant_plan, num_parts, schedule, workspaces
+from .schedule import MAX_SEQUENCES, constant_plan, num_parts, row_tiles, schedule, workspaces
 
 TARGET = "jax_flashmla.sparse_decode.v1"
 
@@ -42,10 +42,11 @@ def cuda(
     if extra_k_cache.ndim > 1:
         keys += _entries(extra_indices, extra_topk_length)
     parts = num_parts(tokens, h_q, 1)
-    plan = constant_plan(tokens, keys, parts)
+    plan = constant_plan(tokens, keys, parts, row_tiles(h_q))
     if plan is None:
         lengths = jnp.broadcast_to(jnp.asarray(keys, jnp.int32), tokens)
-        plan = lengths, *(x[0] for x in schedule(lengths[None], parts=parts, batch_invariant=False, lists=False))
+        made = schedule(lengths[None], parts=parts, row_tiles=row_tiles(h_q), batch_invariant=False, lists=False)
+        plan = lengths, *(x[0] for x in made)
     operands = q, k_cache, indices, topk_length, attn_sink, extra_k_cache, extra_indices, extra_topk_length, *plan
     results = shapes(q, softmax_scale=softmax_scale) + workspaces(tokens, h_q, 1, parts)
     out, lse, *_ = jax.ffi.ffi_call(TARGET, results)(*operands, softmax_scale=np.float32(softmax_scale))

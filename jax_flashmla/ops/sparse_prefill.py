@@ -9,7 +9,7 @@ import numpy as np
 from .. import reference
 from .._primitive import define
 from ..kvcache.rows import join_pools
-from .schedule import MAX_SEQUENCES, constant_plan, num_parts, schedule, workspaces
+from .schedule import MAX_SEQUENCES, constant_plan, num_parts, row_tiles, schedule, workspaces
 
 TARGET = "jax_flashmla.sparse_prefill.v1"
 
@@ -35,7 +35,7 @@ def cuda(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
         chunk = -(-s_q // plans) * h_kv  # whole tokens
     parts = num_parts(chunk, group, 1)
     plan: tuple[Any, ...]
-    constant = constant_plan(lists, topk, parts) if topk_length.shape[0] == 0 else None
+    constant = constant_plan(lists, topk, parts, row_tiles(group)) if topk_length.shape[0] == 0 else None
     if constant is not None:
         plan = constant[0], constant[1][None], constant[2]
     else:
@@ -46,7 +46,7 @@ def cuda(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
         if isinstance(lists, int):
             lengths = jnp.pad(lengths, (0, plans * chunk - lists))
         lengths = lengths.reshape(plans, chunk)
-        plan = lengths, *schedule(lengths, parts=parts, batch_invariant=False, lists=False)
+        plan = lengths, *schedule(lengths, parts=parts, row_tiles=row_tiles(group), batch_invariant=False, lists=False)
     room = workspaces(chunk, group, 1, parts)
     room.append(jax.ShapeDtypeStruct((room[0].shape[0], group), jnp.float32))  # the largest scores
     call = jax.ffi.ffi_call(TARGET, shapes(q, softmax_scale=softmax_scale) + room)

@@ -56,6 +56,7 @@ void tma_load(const CUtensorMap& map, Barrier& bar, void* dst, Coordinates... co
   }
   barrier_complete(bar, 2 * elements);
 }
+inline void tma_prefetch(const CUtensorMap&, int, int, int, int) {}
 inline void tma_prefetch_map(const CUtensorMap&) {}
 
 }  // namespace jax_flashmla
