@@ -93,7 +93,7 @@ def test_version():
 
 def test_one_name_in_every_layer():
     for name, op in OPS.items():
-        version = {"dense_decode": 2}.get(name, 1)
+        version = {"dense_decode": 2, "schedule": 2}.get(name, 1)
         assert op.target in (None, f"jax_flashmla.{name}.v{version}")
         assert op.reference is getattr(reference, name) and getattr(ops, name) is op
     assert len(jax_flashmla.EXPORT_SAFE) == len([op for op in OPS.values() if op.target])
