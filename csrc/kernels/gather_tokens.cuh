@@ -450,7 +450,7 @@ __device__ __forceinline__ void attend(const CUtensorMap& q_map, const Params& p
   using Producer = std::conditional_t<kFormat == KVFormat::kPlain, CopyRows<Tr>, ConvertRows<Tr, kFormat, kAlign>>;
   // Broadcast, so that the compiler sees warp-uniform branches.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-  // By a warp that waits for keys. Where lists are split the kernel before is combine, behind which there is no time for it.
+  // By a warp that waits for keys. Where lists may be split the kernel before is combine, behind which there is no time for it.
   if (!Tr::kPrefill && !p.num_splits && warp == 7) prefetch_keys<Tr, kFormat>(p, lane);
   if (warp >= 8)
     produce<Tr, Producer>(q_map, p, smem, warp - 8, lane);
