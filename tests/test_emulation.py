@@ -216,6 +216,22 @@ def test_listed_sequences(kernels):
     assert emulate_decode(kernels, case, parts=3) == 0
 
 
+@pytest.mark.parametrize(
+    "lengths, parts, page_size, h_q, h_kv, d_qk",
+    [((900, 400), 5, 64, 65, 1, 576), ((900,), 4, 16, 4, 2, 512), ((700, 1300, 640, 260), 2, 256, 16, 1, 576)],
+)
+def test_first_keys_are_prefetched(kernels, lengths, parts, page_size, h_q, h_kv, d_qk):
+    """All sub-tiles of the first two blocks of every part, once for all row tiles: each is then loaded from there."""
+    count = (ctypes.c_int(), ctypes.c_int())
+    kernels.take_prefetches(*map(ctypes.byref, count))
+    case = Case("prefetched", lengths, h_q=h_q, h_kv=h_kv, d_qk=d_qk, page_size=page_size)
+    metadata, _ = emulate_schedule(kernels, testing.make_inputs(case)[3], parts, lists=True)
+    emulate_decode(kernels, case, parts)
+    kernels.take_prefetches(*map(ctypes.byref, count))
+    used = (metadata[:, 0] < case.b).sum()
+    assert [n.value for n in count] == [used * h_kv * 2 * (d_qk // 64) * max(64 // page_size, 1), 0]
+
+
 @pytest.mark.parametrize("exponent", (-100, 100))
 def test_partial_results_of_any_size(kernels, exponent):
     """They are float16, whose own range ends at 2^16 and, but for few bits, at 2^-14."""

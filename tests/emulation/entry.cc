@@ -1,4 +1,5 @@
 // What tests/test_emulation.py calls. The kernels' own launchers run; only what they call on is emulated.
+#include "hopper/tma.cuh"
 #include "kernels/append.h"
 #include "kernels/dense_decode.h"
 #include "kernels/gather.h"
@@ -14,6 +15,11 @@ int params_bytes(int which) {
   constexpr size_t kBytes[] = {sizeof(DenseDecodeParams), sizeof(ScheduleParams), sizeof(SparseDecodeParams),
                                sizeof(AppendParams),      sizeof(GatherParams),   sizeof(SparsePrefillParams)};
   return int(kBytes[which]);
+}
+// Of keys, since the last call: how many, and how many for nothing.
+void take_prefetches(int* all, int* unused) {
+  *all = prefetches, *unused = int(prefetched.size());
+  prefetches = 0, prefetched.clear();
 }
 const char* emulate_schedule(const ScheduleParams* p) { return run_schedule(*p); }
 const char* emulate_dense_decode(const DenseDecodeParams* p) {

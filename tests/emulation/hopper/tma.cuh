@@ -1,5 +1,7 @@
 #pragma once
+#include <array>
 #include <cstddef>
+#include <set>
 
 #include "hopper/barrier.cuh"
 
@@ -36,9 +38,15 @@ inline auto tensor_map_encoder() {
       };
 }
 
+// What was prefetched, and not loaded since.
+inline std::set<std::array<int, 4>> prefetched;
+inline int prefetches = 0;
+inline void tma_prefetch(const CUtensorMap&, int c0, int c1, int c2, int c3) { prefetches += prefetched.insert({c0, c1, c2, c3}).second; }
+
 template <class... Coordinates>
 void tma_load(const CUtensorMap& map, Barrier& bar, void* dst, Coordinates... coordinates) {
   const int64_t start[] = {coordinates...};
+  if constexpr (sizeof...(coordinates) == 4) prefetched.erase({int(coordinates)...});
   uint32_t elements = 1;
   for (int i = 0; i < map.rank; ++i) elements *= map.box[i];
   for (uint32_t n = 0; n < elements; ++n) {
@@ -56,7 +64,6 @@ void tma_load(const CUtensorMap& map, Barrier& bar, void* dst, Coordinates... co
   }
   barrier_complete(bar, 2 * elements);
 }
-inline void tma_prefetch(const CUtensorMap&, int, int, int, int) {}
 inline void tma_prefetch_map(const CUtensorMap&) {}
 
 }  // namespace jax_flashmla
