@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
 
   if (warp == 7) prefetch_keys<Tr>(k_map, p, lane);  // a warp that waits for keys
+  // Without this ptxas takes the warps for divided, and adds 600 bytes to the loops.
   __syncwarp();
   if (warp >= 8)
     produce<Tr>(q_map, k_map, p, smem, warp - 8, lane);

@@ -23,14 +23,6 @@ constexpr Keys keys_of(KVFormat format, int align = 16) {
   return format == KVFormat::kPlain ? Keys::kCopied : align == 16 ? Keys::kConverted : Keys::kUnaligned;
 }
 
-template <class Tr, KVFormat kFormat>
-constexpr int row_bytes() {
-  if constexpr (kFormat == KVFormat::kPlain)
-    return 128 * Tr::kSubTiles;
-  else
-    return Fp8Layout<kFormat>::kRow;
-}
-
 constexpr int kListAhead = 2 * kBlockTokens;  // entries
 
 // What the list has for two rows of the block, and of which source they are slots; where they are none there is no token.
@@ -102,9 +94,9 @@ class Cursor {
 // Rows that are copied as they are. Eight lanes copy 128 bytes of a token, so a warp has four tokens in a copy: cp.async of whole lines, and few of them.
 template <class Tr>
 class CopyRows {
+ public:
   static constexpr int kRowBytes = 128 * Tr::kSubTiles;
 
- public:
   __device__ __forceinline__ CopyRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
 
   // A barrier has half of a slot, of which every thread copied a part; behind the first half of a slot valid[] is there, too.
@@ -199,6 +191,8 @@ class ConvertRows {
   static_assert(kRopeTile < Tr::kSlotTiles && R::kLatent == Tr::kCodes && R::kLatent <= kStaged && Tr::kFullBarriers == 4);
 
  public:
+  static constexpr int kRowBytes = R::kRow;
+
   __device__ __forceinline__ ConvertRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
 
   static __device__ int arrivals(int, int) { return 4; }  // of warps
@@ -380,9 +374,9 @@ class ConvertRows {
 
 // Brings the first two blocks of this CTA to L2 before the predecessor ends, while memory has little else to do: four tokens a lane, and each of two row tiles
 // half of them. Out of line, so that the loops stay where they are: in other places they take up to 5 % longer.
-template <class Tr, KVFormat kFormat>
+template <class Producer>
 __device__ __noinline__ void prefetch_keys(const SparseDecodeParams& p, int lane) {
-  constexpr int kRow = row_bytes<Tr, kFormat>();
+  constexpr int kRow = Producer::kRowBytes;
   const Part part = load_part(p, true);
   if (part.begin_seq >= p.b) return;
   const SparseSource& source = p.sources[0];
@@ -451,7 +445,7 @@ __device__ __forceinline__ void attend(const CUtensorMap& q_map, const Params& p
   // Broadcast, so that the compiler sees warp-uniform branches.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
   // By a warp that waits for keys. Where lists may be split the kernel before is combine, behind which there is no time for it.
-  if (!Tr::kPrefill && !p.num_splits && warp == 7) prefetch_keys<Tr, kFormat>(p, lane);
+  if (!Tr::kPrefill && !p.num_splits && warp == 7) prefetch_keys<Producer>(p, lane);
   if (warp >= 8)
     produce<Tr, Producer>(q_map, p, smem, warp - 8, lane);
   else
