@@ -211,23 +211,14 @@ huge = {
 
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("parts", [1, 26, 132])
-def test_plan(lengths, parts):
+@pytest.mark.parametrize("parts, row_tiles", [(1, 1), (26, 1), (132, 1), (33, 2)])
+def test_plan(lengths, parts, row_tiles):
     for lists in (False, True) if parts < len(lengths) <= MOST_LISTED * parts else (True,):  # else they are one program
-        metadata, num_splits = plan(lengths, parts, lists)
-        expected, expected_splits = sequential_plan(lengths, parts, lists)
+        metadata, num_splits = plan(lengths, parts, lists, row_tiles)
+        expected, expected_splits = sequential_plan(lengths, parts, lists, row_tiles)
         np.testing.assert_array_equal(metadata, expected)
         np.testing.assert_array_equal(num_splits, expected_splits)
         check_plan(lengths, metadata, num_splits, minimum=MIN)
-
-
-@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-def test_plan_of_several_row_tiles(lengths):
-    metadata, num_splits = plan(lengths, 33, True, row_tiles=2)
-    expected, expected_splits = sequential_plan(lengths, 33, True, row_tiles=2)
-    np.testing.assert_array_equal(metadata, expected)
-    np.testing.assert_array_equal(num_splits, expected_splits)
-    check_plan(lengths, metadata, num_splits, minimum=MIN)
 
 
 def test_several_row_tiles_are_split_later():
@@ -328,8 +319,9 @@ def test_num_parts_fills_whole_waves(monkeypatch):
 @pytest.mark.parametrize("lengths", (BATCHES | huge).values(), ids=(BATCHES | huge).keys())
 def test_kernel_plans_like_the_reference(lengths, device):
     lengths = jnp.array(lengths, jnp.int32)
-    plans = itertools.product((1, 33, 132), (False,), ((False, 1), (True, 1), (True, 2)))
-    for parts, batch_invariant, (lists, row_tiles) in (*plans, (len(lengths) * MAX_INVARIANT, True, (True, 1))):
+    plans = itertools.product((1, 26, 132), (1,), (False,), (False, True))
+    others = (33, 2, False, True), (len(lengths) * MAX_INVARIANT, 1, True, True)
+    for parts, row_tiles, batch_invariant, lists in (*plans, *others):
         attributes = {"parts": parts, "row_tiles": row_tiles, "batch_invariant": batch_invariant, "lists": lists}
         got = ops.schedule(lengths[None], **attributes, implementation="cuda")
         expected = ops.schedule(lengths[None], **attributes, implementation="xla")
@@ -358,7 +350,7 @@ def test_kernel_makes_large_invariant_plans(device):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("parts, row_tiles", ((1, 1), (7, 1), (66, 2), (132, 1)))
+@pytest.mark.parametrize("parts, row_tiles", ((1, 1), (7, 1), (66, 1), (66, 2), (132, 1)))
 @pytest.mark.parametrize("b", (1, 2, 74, 321, 4096))
 @pytest.mark.parametrize("length", (1, 64, 2048, 16385))
 def test_constant_plan(b, length, parts, row_tiles):
