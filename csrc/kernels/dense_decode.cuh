@@ -163,7 +163,7 @@ Status launch_dense_decode(const DenseDecodeParams& p) {
   constexpr size_t smem = sizeof(Storage<Tr>);
   if (cudaError_t err = allow_shared_memory(kernel, smem)) return cudaGetErrorString(err);
   const dim3 grid((p.rows + kRowTile - 1) / kRowTile, p.h_kv, p.num_parts);
-  // Row tiles read the same keys. As clusters they run side by side and in step, and the second one finds them in L2.
+  // Row tiles read the same keys. As clusters they run side by side and in step, and what both ask for is asked of L2 once (the log, state 59).
   const int cluster = grid.x % 2 == 0 ? 2 : 1;
   if (cudaError_t err = launch(kernel, {grid, kThreads, smem, cluster}, p.stream, q_map, k_map, p)) return cudaGetErrorString(err);
   return nullptr;

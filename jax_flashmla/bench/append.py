@@ -15,7 +15,7 @@ from .cases import rotation, whole_rounds
 from .protocol import Chain, Setup, Work, chain_lengths
 
 FORMATS = ("bf16", "fp8_v32", "fp8_v4")
-NAMES = tuple(f"{format},{t}" for t in (128, 4096, 65536) for format in FORMATS)
+NAMES = tuple(f"{format},{t}" for t in (128, 4096, 65536, 262144) for format in FORMATS)
 QUICK = tuple(f"{format},{t}" for t in (128, 65536) for format in FORMATS)
 PEERS: dict[str, Callable[[], Any]] = {}
 BESIDE = ("jnp",)
