@@ -18,12 +18,20 @@ def why_no_gpu() -> str | None:
     return _native.obstacle()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--first-cases", action="store_true", help="of a parametrised test only its first case")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a Hopper GPU and the CUDA build; skipped elsewhere")
     config.addinivalue_line("filterwarnings", "error")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--first-cases"):
+        first = {(item.path, item.originalname): item for item in reversed(items)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = reversed(first.values())
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     reason = why_no_gpu() if gpu_tests else None
     for item in gpu_tests:
