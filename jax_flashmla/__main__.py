@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import __version__, flash_mla_with_kvcache, get_mla_metadata, testing
+from . import __version__, checks, flash_mla_with_kvcache, get_mla_metadata, testing
 from .cases import Case
 
 COSINE_TOLERANCE = 5e-6  # 1 - cosine similarity of bf16 or fp16 results with float64
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--h-kv", type=int, default=1, help="KV heads")
     parser.add_argument("--s-q", type=int, nargs="+", default=[1, 2], help="query tokens per sequence, one run each")
     parser.add_argument("--d-qk", type=int, default=576, choices=(576, 512))
-    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--page-size", type=int, default=64, choices=checks.PAGE_SIZES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--implementation", choices=("cuda", "xla"), help="insist on one path")
@@ -57,11 +57,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, (gpu, cpu) in {"b": (128, 6), "s_k": (4096, 300), "h_q": (128, 16)}.items():
         if getattr(args, name) is None:
             setattr(args, name, gpu if on_gpu else cpu)
-    for name in ("b", "s_k", "h_q", "h_kv", "page_size"):
+    for name in ("b", "s_k", "h_q", "h_kv"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if min(args.s_q) < 1:
         parser.error(f"--s-q must be at least 1, got {min(args.s_q)}")
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    if args.implementation == "cuda" and not on_gpu:
+        parser.error(f"--implementation cuda needs a Hopper GPU, and JAX runs on {jax.default_backend()}")
     if args.h_q % args.h_kv:
         parser.error(f"--h-q must be a multiple of --h-kv, got {args.h_q} and {args.h_kv}")
     return args
@@ -179,6 +183,7 @@ def run(args: argparse.Namespace, s_q: int) -> dict[str, Any]:
         "page_size": args.page_size,
         "dtype": args.dtype,
         "keys": sum(case.seqlens),
+        "shortest": min(case.seqlens),
         "longest": max(case.seqlens),
         "path": path,
         "checked_sequences": len(chosen),
@@ -206,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.json:
             print(
                 f"b {args.b} · s_q {s_q} causal · h_q {args.h_q} · h_kv {args.h_kv} · d_qk {args.d_qk} · "
-                f"{args.dtype} · {result['keys']} keys (0 to {result['longest']} a sequence)\n"
+                f"{args.dtype} · {result['keys']} keys ({result['shortest']} to {result['longest']} a sequence)\n"
                 f"  shuffled pages of {args.page_size} tokens, NaN in unused slots\n"
                 f"  path {result['path']}: {result['microseconds']:.1f} µs, {result['tflops']:.3g} TFLOPS, "
                 f"{result['gbps']:.4g} GB/s\n"

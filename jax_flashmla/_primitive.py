@@ -104,7 +104,11 @@ def define(
 
     eager.__name__ = name  # what profilers show
     eager_jit = jax.jit(eager, static_argnums=0)
-    primitive.def_impl(lambda *operands, **params: eager_jit(freeze(**params), *operands))
+
+    @primitive.def_impl
+    def _(*operands, **params):
+        with jax.disable_jit(False):  # else bind would come back here for ever
+            return eager_jit(freeze(**params), *operands)
 
     def batched(operands, dims, **params):
         mapped = [dim is not None for dim in dims]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from . import checks, ops
@@ -51,11 +52,13 @@ def get_mla_metadata(
     """
     checks.not_used(
         "plans are for dense bfloat16/float16 decode only in this version of jax_flashmla; sparse decode needs none",
-        is_fp8_kvcache=(is_fp8_kvcache, False),
+        is_fp8_kvcache=(checks.flag("is_fp8_kvcache", is_fp8_kvcache), False),
         topk=(topk, None),
     )
     checks.array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
-    rows = checks.integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, minimum=1)
+    rows: Any = num_q_tokens_per_head_k
+    if not jax.export.is_symbolic_dim(rows):
+        rows = checks.integer("num_q_tokens_per_head_k", rows, minimum=1)
     h_kv = checks.integer("num_heads_k", num_heads_k, minimum=1)
     if num_heads_q is not None:
         checks.integer("num_heads_q", num_heads_q, minimum=1)
@@ -130,7 +133,8 @@ def flash_mla_with_kvcache(
       extra_topk_length: int32 `[b]`, the same for `extra_indices_in_kvcache`.
       descale_q, descale_k: FlashMLA's arguments for dense fp8 caches, not in this version.
       implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else the XLA
-        reference; "cuda" insists on the kernel; "xla" forces the reference, which is differentiable.
+        reference; "cuda" insists on the kernel; "xla" forces the reference, which is differentiable (a cache of bytes
+        has no gradient).
 
     Returns:
       `out`, q's dtype, `[b, s_q, h_q, 512]`, and `softmax_lse`, float32 `[b, h_q, s_q]`, the natural logarithm of the
@@ -138,8 +142,8 @@ def flash_mla_with_kvcache(
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or is traced and must be static; the
-        message says which, what was expected, and what to do. `vmap` over the `k_cache` is a ValueError too, but for
-        sparse decode with `implementation="xla"`.
+        message says which, what was expected, and what to do. `vmap` over `k_cache`, `extra_k_cache` or `attn_sink` is
+        a ValueError too, but with `implementation="xla"` and in float32.
       NotImplementedError: an argument for sparse decode is used without `indices`, or one that this version does not
         have; or the call is differentiated without `implementation="xla"`.
       RuntimeError: `implementation="cuda"` and there is no Hopper GPU or no CUDA build.
@@ -345,7 +349,9 @@ def merge_attention_states(
 
     def part(out, weight):
         share = (weight / divisor).swapaxes(1, 2)[..., None]
-        return jnp.where(share == 0, 0, out.astype(jnp.float32) * share)  # an empty side may hold NaN
+        return (
+            jnp.where(share == 0, 0, out.astype(jnp.float32)) * share
+        )  # an empty side may hold NaN; it has no gradient
 
     out = part(out_a, weights[0]) + part(out_b, weights[1])
     return out.astype(out_a.dtype), jnp.where(total == 0, -jnp.inf, shift + jnp.log(divisor))

@@ -81,7 +81,7 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata
         array("num_splits", num_splits, axes="b + 1", dtypes=("int32",))
         remedy = "pass the results of get_mla_metadata for the same cache_seqlens"
         parts = tile_scheduler_metadata.shape[0]
-        if parts == 0:
+        if parts == 0 and b != 0:
             raise ValueError(f"tile_scheduler_metadata must have at least one part, got shape (0, ...); {remedy}")
         shape("tile_scheduler_metadata", tile_scheduler_metadata, (parts, 8), axes="num_parts, 8", remedy=remedy)
         shape("num_splits", num_splits, (b + 1,), axes="b + 1", remedy=remedy)

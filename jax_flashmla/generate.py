@@ -133,7 +133,10 @@ def eos_token_ids(directory: Path | None) -> list[int]:
 
 def read_prompts(args: argparse.Namespace, text: Text) -> list[list[int]]:
     if args.tokens is None:
-        return [text.encode(prompt) for prompt in args.prompt or [DEFAULT_PROMPT]]
+        prompts = [text.encode(prompt) for prompt in args.prompt or [DEFAULT_PROMPT]]
+        if not all(prompts):
+            raise ValueError("--prompt must have a token at least, got ''; leave it out for a prompt that is there")
+        return prompts
     lines = (sys.stdin.read() if args.tokens == "-" else Path(args.tokens).read_text()).splitlines()
     prompts = []
     for number, line in enumerate(lines, 1):
@@ -212,6 +215,8 @@ def summary(engine: Engine) -> Iterator[str]:
 def generate(args: argparse.Namespace) -> None:
     from .nn import DeepseekConfig, DeepseekForCausalLM
 
+    if args.model and not args.model.is_dir():
+        raise ValueError(f"--model must be a directory with a checkpoint, got {args.model}")
     text = Text(args.model)
     prompts = read_prompts(args, text)
     if args.kv_format and args.dtype == "float16":
@@ -240,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         generate(args)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -180,9 +180,10 @@ def sparse_prefill(q, pool, indices, topk_length, attn_sink, *, softmax_scale):
     s_q, h_q, d_qk = q.shape
     _, h_kv, topk = indices.shape
     group = h_q // h_kv
-    size = max(1, CHUNK_LISTS // h_kv)
+    size = CHUNK_LISTS // h_kv
     if isinstance(s_q, int):
         size = min(size, s_q)
+    size = max(1, size)
     steps = -(-s_q // size)
     lengths = topk_length if topk_length.shape[0] != 0 else jnp.full(s_q, topk, jnp.int32)
     q = q.reshape(s_q, h_kv, group, d_qk)

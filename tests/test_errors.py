@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jax_flashmla import _native, flash_mla_with_kvcache, get_mla_metadata
+from jax_flashmla.__main__ import parse_args
 from jax_flashmla._primitive import OPS
 
 ARGUMENTS = {
@@ -124,6 +125,30 @@ PLANS_REFUSED = {
 def test_plan_refuses(args, kwargs, error, match):
     with pytest.raises(error, match=match):
         get_mla_metadata(*args, **kwargs)
+
+
+def test_a_plan_for_no_sequences_is_none():
+    lengths = zeros(0, dtype=np.int32)
+    plan = get_mla_metadata(lengths, 4, 1, batch_invariant=True)
+    out, lse = flash_mla_with_kvcache(
+        zeros(0, 1, 4, 576), zeros(3, 64, 1, 576), zeros(0, 2, dtype=np.int32), lengths, 512, *plan
+    )
+    assert out.shape == (0, 1, 4, 512) and lse.shape == (0, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--page-size", "48"], "--page-size: invalid choice"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--implementation", "cuda"], "--implementation cuda needs a Hopper GPU, and JAX runs on cpu"),
+    ],
+)
+def test_the_command_refuses(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(options)
+    assert message in capsys.readouterr().err
 
 
 def test_traced_plan_sizes_are_refused():

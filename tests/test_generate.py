@@ -128,6 +128,8 @@ def test_seeds_are_repeatable_and_a_batch_counts_them_on(checkpoint, tmp_path, c
     ("options", "message"),
     [
         (["--prompt", "text"], "--prompt needs a tokenizer.json beside the model"),
+        (["--model", "missing"], "--model must be a directory with a checkpoint, got missing"),
+        (["--tokens", "good.txt", "--implementation", "cuda"], "implementation='cuda' needs a Hopper GPU"),
         (["--tokens", "missing.txt"], "missing.txt"),
         (["--tokens", "words.txt"], "--tokens must have token ids, got line 2: 'two words'"),
         (["--tokens", "empty.txt"], "--tokens must have a line of token ids at least, got none"),

@@ -380,6 +380,19 @@ def test_merge(dtype):
     np.testing.assert_allclose(swapped[1], lse, rtol=1e-6)  # float32 sums in the other order
 
 
+def test_an_empty_side_has_no_gradient():
+    """Whatever its output holds."""
+    out_b, lse_b, empty = jnp.ones((1, 1, 2, 512)), jnp.zeros((1, 2, 1)), jnp.full((1, 2, 1), -jnp.inf)
+
+    def total(lse_a, out_b, lse_b):
+        return merge_attention_states(jnp.full_like(out_b, jnp.nan), lse_a, out_b, lse_b)[0].sum()
+
+    gradients = jax.grad(total, argnums=(0, 1, 2))(empty, out_b, lse_b)
+    assert [np.asarray(x).tolist() for x in gradients] == [
+        np.zeros_like(empty).tolist(), np.ones_like(out_b).tolist(), np.zeros_like(lse_b).tolist()
+    ]  # fmt: skip
+
+
 def test_merge_of_distant_states_does_not_overflow():
     ones, lse = np.ones((1, 1, 1, 512), np.float32), np.zeros((1, 1, 1), np.float32)
     out, total = merge_attention_states(ones, lse + 3e38, 5 * ones, lse - 3e38)

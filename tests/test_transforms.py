@@ -109,6 +109,13 @@ def test_jit_equals_eager(name):
 
 
 @every_op
+def test_without_jit(name):
+    f, args = EXAMPLES[name]
+    with jax.disable_jit():
+        assert_same(f(*args), jax.jit(f)(*args))
+
+
+@every_op
 def test_eval_shape(name):
     f, args = EXAMPLES[name]
     expected = f(*args)
@@ -127,6 +134,22 @@ def test_vmap_and_vmap_of_vmap(name):
     assert_same(jax.vmap(f)(*rolled), expected)
     nested = [x.reshape(2, 3, *x.shape[1:]) for x in rolled]
     assert_same(jax.vmap(jax.vmap(f))(*nested), jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), expected))
+
+
+@every_op
+def test_vmap_of_nothing(name):
+    f, args = EXAMPLES[name]
+    expected = jax.tree.map(lambda x: ((0, *x.shape), x.dtype), jax.eval_shape(f, *args))
+    results = jax.vmap(f)(*(np.zeros((0, *x.shape), x.dtype) for x in args))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), results) == expected
+
+
+def test_vmap_without_rows_or_sequences():
+    tables, lengths = (np.stack([x, x]) for x in (TABLE, LENGTHS))
+    read = functools.partial(kvcache.gather_kv_cache, POOL, total=0, format="bf16")
+    assert jax.vmap(read)(tables, lengths).shape == (2, 0, 576)
+    metadata, num_splits = jax.vmap(plan)(lengths[:, :0])
+    assert metadata.shape[0] == 2 and num_splits.tolist() == [[0], [0]]
 
 
 @every_op
@@ -173,6 +196,18 @@ def test_export_symbolic_batch(name, cuda_build):
     for size in (2, 4):
         part = [x[:size] for x in args]
         assert_same(again.call(*part), f(*part))
+
+
+def test_export_symbolic_rows():
+    """The number of query tokens, in the plan as in decode."""
+
+    def step(q, table, lengths):
+        metadata, num_splits = get_mla_metadata(lengths, q.shape[1] * q.shape[2], 1)
+        return decode(q, table, lengths, tile_scheduler_metadata=metadata, num_splits=num_splits)
+
+    shape = export.symbolic_shape(f"{len(Q)}, s, {Q.shape[2]}, 576")
+    exported = export.export(jax.jit(step))(jax.ShapeDtypeStruct(shape, Q.dtype), TABLE, LENGTHS)
+    assert_same(exported.call(Q, TABLE, LENGTHS), decode(Q, TABLE, LENGTHS))
 
 
 def test_export_symbolic_invariant_plan(cuda_build):
@@ -415,7 +450,7 @@ def test_vmap_folds_caches():
 
     def bind(*operands):
         seen.append(operands)
-        return [operands[0]]
+        return [operands[0] if len(operands) == 4 else operands[1]]  # as large as the cache, or as the table
 
     pools = jnp.zeros((3, 2, 4, 1, 576), jnp.bfloat16)
     operands = pools, jnp.zeros((3, 2, 512)), jnp.zeros((2, 64)), slots

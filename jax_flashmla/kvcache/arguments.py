@@ -14,6 +14,8 @@ def kv_format(name: Any, head_dim: int | None = None, padded: bool = False) -> K
         known = ", ".join(map(repr, FORMATS))
         raise ValueError(f"format must be one of {known}, got {name!r}; dense fp8 formats are not in this version")
     fmt = FORMATS[name]
+    if head_dim is not None:
+        head_dim = checks.integer("head_dim", head_dim, minimum=1)
     if head_dim is not None and head_dim not in ((fmt.head_dim,) if fmt.is_fp8 else PLAIN_DIMS):
         widths = fmt.head_dim if fmt.is_fp8 else "576 or 512"
         raise ValueError(f"head_dim must be {widths} for {name}, got {head_dim!r}; None takes {fmt.head_dim}")

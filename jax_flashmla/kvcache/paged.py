@@ -152,7 +152,7 @@ def append_kv_cache(
       slots: int32 `[t]` from `slot_mapping`. Negative slots and those behind the pool are skipped and touch nothing.
       format: static; "bf16", "f16", "fp8_v32" or "fp8_v4".
       implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else plain XLA;
-        "cuda" insists on the kernel; "xla" forces plain XLA, which is differentiable.
+        "cuda" insists on the kernel; "xla" forces plain XLA, which is differentiable (bytes of fp8 have no gradient).
 
     Returns:
       The cache with the new rows.
@@ -160,6 +160,7 @@ def append_kv_cache(
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or `format` is unknown or not that of the
         cache.
+      NotImplementedError: differentiated without `implementation="xla"`.
       RuntimeError: implementation="cuda" where the kernel cannot run.
 
     Example:
@@ -200,7 +201,7 @@ def gather_kv_cache(
       total: static, rows of the result. Sequences that do not fit are cut off.
       format: static; "bf16", "f16", "fp8_v32" or "fp8_v4".
       implementation: None takes the CUDA kernel where the computation is lowered for a Hopper GPU, else plain XLA;
-        "cuda" insists on the kernel; "xla" forces plain XLA, which is differentiable.
+        "cuda" insists on the kernel; "xla" forces plain XLA, which is differentiable (bytes of fp8 have no gradient).
 
     Returns:
       `[total, d_qk]`, `[latent | rope]`: bfloat16, float16 for `f16`. Zeros behind the last sequence and for tokens of
@@ -209,6 +210,7 @@ def gather_kv_cache(
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype or shape, or `format` is unknown or not that of the
         cache.
+      NotImplementedError: differentiated without `implementation="xla"`.
       RuntimeError: implementation="cuda" where the kernel cannot run.
 
     Example:

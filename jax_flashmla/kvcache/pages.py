@@ -1,5 +1,6 @@
 """Pages on the host: which sequence owns which, and how many a device has room for."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,7 +196,7 @@ def num_pages_that_fit(
 
 def free_bytes(device: Any, fraction: float) -> int:
     """What is left of a fraction of the device's memory."""
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction <= 1:
         raise ValueError(f"fraction must be a number over 0 and up to 1, got {fraction!r}")
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:

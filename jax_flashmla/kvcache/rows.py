@@ -72,14 +72,14 @@ def num_slots(cache: jax.Array) -> int:
 def join_pools(op: str, pools: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pools `[n, ...]`, one per element that vmap maps, as one pool, and slots `[n, ...]` of those as slots of it."""
     size = pools.shape[0]
-    pool = pools.reshape(-1, *pools.shape[2:])
+    pool = pools.reshape(size * pools.shape[1], *pools.shape[2:])
     total = num_slots(pool)
     if total > checks.MAX_TOKENS:
         raise ValueError(
             f"{op}: the caches of all elements that vmap maps must address fewer than 2**31 tokens together, got "
             f"{total}; map fewer, or put all pages into one pool"
         )
-    own = total // size
+    own = total // max(size, 1)
     first = own * jnp.arange(size, dtype=jnp.int32).reshape(size, *[1] * (slots.ndim - 1))
     return pool, jnp.where((slots >= 0) & (slots < own), slots + first, -1)
 

@@ -32,8 +32,9 @@ def batch(bind, size, operands, mapped):
         cache = cache.reshape(-1, *cache.shape[2:])
         first = pages * jnp.arange(size, dtype=jnp.int32)[:, None, None, None]
         table = jnp.where((table >= 0) & (table < pages), table + first, -1)
-    (rows,) = bind(cache, table.reshape(-1, *table.shape[2:]), lengths.reshape(-1, lengths.shape[-1]))
-    return [rows.reshape(size, -1, *rows.shape[1:])]
+    n = table.shape[1]
+    (rows,) = bind(cache, *(x.reshape(size * n, *x.shape[2:]) for x in (table, lengths)))
+    return [rows.reshape(size, n, *rows.shape[1:])]
 
 
 # Tables and lengths are those of n independent batches, so that vmap makes one launch; the public function has n = 1.

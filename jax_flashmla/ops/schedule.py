@@ -76,8 +76,9 @@ def cuda(cache_seqlens, *, parts, **attributes):
 
 def batch(bind, size, operands, mapped):
     (cache_seqlens,) = operands
-    metadata, num_splits = bind(cache_seqlens.reshape(-1, cache_seqlens.shape[-1]))
-    return [x.reshape(size, -1, *x.shape[1:]) for x in (metadata, num_splits)]
+    _, n, b = cache_seqlens.shape
+    metadata, num_splits = bind(cache_seqlens.reshape(size * n, b))
+    return [x.reshape(size, n, *x.shape[1:]) for x in (metadata, num_splits)]
 
 
 def unsupported(cache_seqlens):
