@@ -284,6 +284,20 @@ def test_cancellation(probed, caches):
     assert [request for request, _ in got] == [first] * 3
 
 
+def test_a_stream_goes_on_where_the_last_one_was_left(probed):
+    e = invariant_engine()
+    requests = [e.submit([i], max_new_tokens=3) for i in range(3)]
+    got = {request: [] for request in requests}
+    for _ in range(4):  # in the middle of a step, and of the last one
+        for request, token in e.stream():
+            got[request].append(token)
+            if sum(map(len, got.values())) % 2:
+                break
+    for request, token in e.stream():
+        got[request].append(token)
+    assert got == {request: request.tokens for request in requests}
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_nothing_compiles_after_the_warm_up(caplog, batch_invariant):
     m = model()
@@ -482,7 +496,7 @@ def test_sample_draws_by_probability():
 def test_sample_at_the_limits():
     logits = [1.0, 4.0, 4.0, -np.inf, 3.0]
     assert (draws(logits, 50, temperature=0.0) == 1).all()  # of equal ones the first
-    assert (draws(logits, 50, top_p=1e-6) == 1).all()
+    assert (draws(logits, 50, top_p=1e-6) == 1).all() and (draws(logits, 50, top_p=1e-40) == 1).all()
     assert set(draws(logits, 50, temperature=1e-30)) == {1, 2}
     assert 3 not in draws(logits, 500, temperature=1e30)
     assert (draws([0.0], 5) == 0).all()

@@ -362,6 +362,28 @@ def test_layers_for_multi_token_prediction_are_skipped(tmp_path):
         (lambda t: t.pop("lm_head.weight"), r"lacks tensors for lm_head.kernel"),
         (lambda t: t.update({"model.extra.weight": np.zeros(3, np.float32)}), r"does not know: model.extra.weight"),
         (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"must give .* shape \(60,\), got \(3,\)"),
+        (lambda t: t.update({"scale": np.zeros(3, np.float32)}), r"does not know: scale"),
+        (
+            lambda t: t.update({"model.layers.x.weight": np.zeros(3, np.float32)}),
+            r"does not know: model.layers.x.weight",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.kv_b_proj.bias": np.zeros(3, np.float32)}),
+            r"does not know: model.layers.0.self_attn.kv_b_proj.bias",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.99.up_proj.weight": np.zeros((16, 60), np.float32)}),
+            r"does not know: model.layers.1.mlp.experts.99.up_proj.weight",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "model.layers.0.self_attn.o_proj.weight": np.zeros((60, 384), ml_dtypes.float8_e4m3fn),
+                    "model.layers.0.self_attn.o_proj.weight_scale_inv": np.ones((1, 6), np.float32),
+                }
+            ),
+            r"o_proj.weight: blocks of .* of a weight \(60, 384\) must have scales \(1, 3\), got \(1, 6\); see",
+        ),
     ],
 )
 def test_wrong_checkpoints_are_refused(change, words, tmp_path):
@@ -381,6 +403,19 @@ def test_empty_directories_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [lambda data: b"version https://git-lfs.github.com/spec/v1\n", lambda data: b"", lambda data: data[:-1]],
+    ids=["git-lfs pointer", "empty", "cut off"],
+)
+def test_files_that_are_not_whole_are_refused(change, tmp_path):
+    config = nn_checkpoints.CONFIGS["v2_lite"]
+    file = nn_checkpoints.save(tmp_path, config, nn_checkpoints.weights(config)) / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"model.safetensors must be a safetensors file.*is the download complete"):
+        DeepseekForCausalLM.from_pretrained(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
     "change, words",
     [
         ({"index_topk": 2048}, "sparse attention"),
@@ -390,11 +425,23 @@ def test_empty_directories_are_refused(tmp_path):
         ({"scoring_func": "softmax"}, "scoring_func and topk_method"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type must be"),
         ({"rope_scaling": nn_checkpoints.YARN | {"attention_factor": 1.5}}, "attention_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings of the rope must be in"),
     ],
 )
 def test_unsupported_configurations_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         DeepseekConfig.from_hf(nn_checkpoints.CONFIGS["v3"] | change)
+
+
+def test_null_in_the_configuration_is_nothing():
+    config = nn_checkpoints.CONFIGS["v3"]
+    assert DeepseekConfig.from_hf(config | {"rope_interleave": None}) == DeepseekConfig.from_hf(config)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, np.dtype("float32"), "float32"])
+def test_float32_is_no_tf32(dtype):
+    layer = MLAAttention(32, 1, q_lora_rank=None, dtype=dtype, rngs=nnx.Rngs(0))
+    assert layer.o_proj.precision == jax.lax.Precision.HIGHEST
 
 
 def test_spellings_of_the_rope_agree():
@@ -491,6 +538,13 @@ def test_model_on_a_mesh(roles, kind, load):
         assert all(c.sharding.is_equivalent_to(mesh.sharding("k_cache"), 4) for c in caches)
         logits.append(jax.device_get(out))
     assert difference(np.concatenate(logits, axis=1), "v3") < TOLERANCE
+
+
+@MESH_KINDS
+def test_a_model_on_a_mesh_without_jit(kind, load):
+    model = load("v2_lite", mesh=mesh_of(kind, {"heads": 3}))
+    out, _ = model(jnp.asarray(TOKENS), poisoned_caches(model), jnp.asarray(TABLE), jnp.full(B, LENGTH, jnp.int32))
+    assert difference(jax.device_get(out), "v2_lite") < TOLERANCE
 
 
 @MESH_KINDS

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .. import api
+from .. import api, checks
 from ..kvcache.pages import free_bytes
 from ..sharding import MLAMesh
 from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, by_chunks, linear, not_empty, plan, precision
@@ -199,7 +199,7 @@ class DeepseekConfig:
 def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    interleave = bool(config.get("rope_interleave", True))
+    interleave = config.get("rope_interleave") in (None, True)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta=theta, interleave=interleave)
@@ -208,6 +208,8 @@ def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     for name in ("attention_factor", "truncate"):
         if scaling.get(name) not in (None, True):
             raise ValueError(f"{name} = {scaling[name]!r} of the rope in config.json is not supported")
+    if not scaling.get("original_max_position_embeddings"):
+        raise ValueError("original_max_position_embeddings of the rope must be in config.json for 'yarn', got none")
     original = int(scaling["original_max_position_embeddings"])
     return RopeConfig(
         theta=theta,
@@ -500,6 +502,7 @@ class DeepseekForCausalLM(nnx.Module):
         Example:
           >>> caches = model.init_caches(model.num_pages_that_fit(format="fp8_v32"), format="fp8_v32")  # doctest: +SKIP
         """
+        page_size = checks.integer("page_size", page_size, minimum=1)
         pools = 1 if self.mesh is None else self.mesh.size("pages")
         page = jax.eval_shape(lambda: self.init_caches(pools, page_size=page_size, format=format))
         page_bytes = sum(pool.size * pool.dtype.itemsize for pool in jax.tree.leaves(page)) // pools
@@ -552,7 +555,9 @@ class DeepseekForCausalLM(nnx.Module):
         for layer, cache in zip(self.layers, caches, strict=True):  # unrolled: a scan would copy the caches
             x, cache = layer(x, cache, block_table, cache_seqlens, num_new=num_new, metadata=metadata)
             new_caches.append(cache)
-        return self._logits(x if logits_to_keep is None else x[:, -logits_to_keep:]), tuple(new_caches)
+        if logits_to_keep is not None:
+            x = x[:, -checks.integer("logits_to_keep", logits_to_keep, minimum=1) :]
+        return self._logits(x), tuple(new_caches)
 
     @on_mesh("x")
     def mha(self, tokens: jax.Array) -> jax.Array:

@@ -216,6 +216,7 @@ class Engine:
         self.waiting: collections.deque[Request] = collections.deque()
         self.stats = Stats()
         self._submitted = 0
+        self._undelivered: collections.deque[tuple[Request, int]] = collections.deque()  # of the last step of a stream
 
     # --- what a server calls
 
@@ -282,9 +283,15 @@ class Engine:
         return self._decode_step()
 
     def stream(self) -> Iterator[tuple[Request, int]]:
-        """Steps while there are requests, and yields each token as it comes. More may be submitted meanwhile."""
-        while not self.idle:
-            for request, token in self.step():
+        """Steps while there are requests, and yields each token as it comes. More may be submitted meanwhile.
+
+        Whoever leaves in the middle of a step finds the rest of its tokens in the next stream.
+        """
+        while self._undelivered or not self.idle:
+            if not self._undelivered:
+                self._undelivered.extend(self.step())
+            while self._undelivered:
+                request, token = self._undelivered.popleft()
                 if request.finish_reason != "cancelled":  # by whoever consumes this
                     yield request, token
 

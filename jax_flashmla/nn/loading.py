@@ -55,10 +55,14 @@ def tensors_in(directory: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{directory} must hold *.safetensors files, got none; is the download complete?")
     tensors = {}
     for file in files:
+        total = file.stat().st_size
         with file.open("rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-        header.pop("__metadata__", None)
+            header = json.loads(f.read(size)) if 0 < size <= total - 8 else None
+        if header is not None:
+            header.pop("__metadata__", None)
+        if header is None or 8 + size + max((e["data_offsets"][1] for e in header.values()), default=0) > total:
+            raise ValueError(f"{file} must be a safetensors file; is the download complete, or a git-lfs pointer?")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             tensors[name] = Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
     return tensors
@@ -66,6 +70,11 @@ def tensors_in(directory: Path) -> dict[str, Tensor]:
 
 def dequantize(weight: np.ndarray, scale_inv: np.ndarray, block: tuple[int, int] = FP8_BLOCK) -> np.ndarray:
     """float32: each block of the e4m3 weight times its scale, which the checkpoint calls its inverse."""
+    blocks = tuple(-(-n // k) for n, k in zip(weight.shape, block, strict=True))
+    if scale_inv.shape != blocks:
+        raise ValueError(
+            f"blocks of {block} of a weight {weight.shape} must have scales {blocks}, got {scale_inv.shape}"
+        )
     for axis in (0, 1):
         scale_inv = np.repeat(scale_inv, block[axis], axis=axis)
     return weight.astype(np.float32) * scale_inv[: weight.shape[0], : weight.shape[1]].astype(np.float32)
@@ -80,8 +89,8 @@ def split_kv_b(weight: np.ndarray, num_heads: int, d_nope: int) -> tuple[np.ndar
 def placed(name: str, weight: np.ndarray, config: DeepseekConfig) -> Iterator[tuple[ParamPath, int | None, np.ndarray]]:
     """Parameters that a tensor of the checkpoint fills: path in the model, expert or None, value."""
     *path, kind = (int(part) if part.isdigit() else part for part in name.removeprefix("model.").split("."))
-    owner = path[-1]
-    if owner == "kv_b_proj":
+    owner = path[-1] if path else ""
+    if owner == "kv_b_proj" and kind == "weight":
         w_uk, w_uv = split_kv_b(weight, config.num_attention_heads, config.qk_nope_head_dim)
         yield (*path[:-1], "w_uk"), None, w_uk
         yield (*path[:-1], "w_uv"), None, w_uv
@@ -103,7 +112,7 @@ def unused(name: str, config: DeepseekConfig) -> bool:
     return (
         name.endswith(("_scale_inv", "rotary_emb.inv_freq"))
         or (config.tie_word_embeddings and name == "lm_head.weight")
-        or (parts[:2] == ["model", "layers"] and int(parts[2]) >= config.num_hidden_layers)
+        or (parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= config.num_hidden_layers)
     )
 
 
@@ -133,9 +142,12 @@ def load(
         if weight.dtype == ml_dtypes.float8_e4m3fn:
             if name + "_scale_inv" not in tensors:
                 raise ValueError(f"{name} is float8 and must come with {name}_scale_inv, got none in {directory}")
-            weight = dequantize(weight, tensors[name + "_scale_inv"].read(), block)
+            try:
+                weight = dequantize(weight, tensors[name + "_scale_inv"].read(), block)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; see weight_block_size in config.json") from None
         for path, expert, value in placed(name, weight, config):
-            if path not in flat:
+            if path not in flat or (expert is not None and expert >= flat[path].shape[0]):
                 unknown.append(name)
                 continue
             wanted = flat[path]

@@ -109,7 +109,7 @@ class RMSNorm(nnx.Module):
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # no TF32 behind a float32 request
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None  # no TF32 behind a float32 request
 
 
 def linear(d_in: int, d_out: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -53,6 +54,14 @@ def place(module: nnx.Module, mesh: MLAMesh) -> None:
     nnx.update(module, nnx.from_flat_state(placed))
 
 
+def _on_devices_of(mesh: MLAMesh, x: Any) -> Any:
+    """x; a copy on every device where it lies on none of a mesh, as what is made outside of jit does."""
+    outside = isinstance(x, np.ndarray) or (
+        isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not isinstance(x.sharding, NamedSharding)
+    )
+    return jax.device_put(x, NamedSharding(mesh.mesh, PartitionSpec())) if outside else x
+
+
 def on_mesh(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Lets a method see Auto axes where those of `self.mesh` are Explicit: XLA, not the code, divides its products.
 
@@ -68,6 +77,7 @@ def on_mesh(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             graphdef, state = nnx.split(self)
             static = {name: value for name, value in kwargs.items() if isinstance(value, int)}
             traced = {name: value for name, value in kwargs.items() if name not in static}
+            args, traced = jax.tree.map(functools.partial(_on_devices_of, self.mesh), (args, traced))
 
             def body(state: Any, args: Any, traced: Any) -> Any:
                 return method(nnx.merge(graphdef, state), *args, **traced, **static)

@@ -46,8 +46,8 @@ def sample(
         kept = jnp.pad(reached[:, :-1], ((0, 0), (1, 0))) < top_p[:, None]  # what comes before is not enough
         mass = jnp.where(kept, reached, 0).max(axis=-1)
         drawn = (reached <= (jax.vmap(_uniform)(seeds, positions) * mass)[:, None]).sum(axis=-1, dtype=jnp.int32)
-        # A parallel sum need not grow with every term: stay among the kept.
-        drawn = jnp.minimum(drawn, kept.sum(axis=-1, dtype=jnp.int32) - 1)
+        # A parallel sum need not grow with every term: stay among the kept; one at least, where top_p is 0 in float32.
+        drawn = jnp.minimum(drawn, jnp.maximum(kept.sum(axis=-1, dtype=jnp.int32), 1) - 1)
         token = jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
         return jnp.where(hot, token, likeliest)
 
