@@ -349,9 +349,8 @@ def merge_attention_states(
 
     def part(out, weight):
         share = (weight / divisor).swapaxes(1, 2)[..., None]
-        return (
-            jnp.where(share == 0, 0, out.astype(jnp.float32)) * share
-        )  # an empty side may hold NaN; it has no gradient
+        # An empty side may hold NaN: kept out of the product, so that no gradient sees it.
+        return jnp.where(share == 0, 0, out.astype(jnp.float32)) * share
 
     out = part(out_a, weights[0]) + part(out_b, weights[1])
     return out.astype(out_a.dtype), jnp.where(total == 0, -jnp.inf, shift + jnp.log(divisor))
