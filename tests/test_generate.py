@@ -153,6 +153,11 @@ def test_errors(checkpoint, tmp_path, monkeypatch, capsys, options, message):
     assert out == "" and err.splitlines()[-1].startswith("error: ") and message in err
 
 
+def test_a_prompt_without_tokens_is_refused(capsys):
+    assert generate.main(["--prompt", "text", ""]) == 2
+    assert "error: --prompt must have a token at least, got ''" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def sparse_checkpoint(tmp_path_factory):
     config = nn_checkpoints.SPARSE_CONFIGS["v32_mscales"]  # one layer

@@ -72,7 +72,7 @@ def num_slots(cache: jax.Array) -> int:
 def join_pools(op: str, pools: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pools `[n, ...]`, one per element that vmap maps, as one pool, and slots `[n, ...]` of those as slots of it."""
     size = pools.shape[0]
-    pool = pools.reshape(size * pools.shape[1], *pools.shape[2:])
+    pool = pools.reshape(-1, *pools.shape[2:])
     total = num_slots(pool)
     if total > checks.MAX_TOKENS:
         raise ValueError(

@@ -199,7 +199,7 @@ class DeepseekConfig:
 def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    interleave = config.get("rope_interleave") in (None, True)
+    interleave = True if config.get("rope_interleave") is None else bool(config["rope_interleave"])
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta=theta, interleave=interleave)

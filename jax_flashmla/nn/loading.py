@@ -58,10 +58,10 @@ def tensors_in(directory: Path) -> dict[str, Tensor]:
         total = file.stat().st_size
         with file.open("rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size)) if 0 < size <= total - 8 else None
-        if header is not None:
-            header.pop("__metadata__", None)
-        if header is None or 8 + size + max((e["data_offsets"][1] for e in header.values()), default=0) > total:
+            readable = 0 < size <= total - 8
+            header = json.loads(f.read(size)) if readable else {}
+        header.pop("__metadata__", None)
+        if not readable or 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0) > total:
             raise ValueError(f"{file} must be a safetensors file; is the download complete, or a git-lfs pointer?")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             tensors[name] = Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
@@ -142,8 +142,9 @@ def load(
         if weight.dtype == ml_dtypes.float8_e4m3fn:
             if name + "_scale_inv" not in tensors:
                 raise ValueError(f"{name} is float8 and must come with {name}_scale_inv, got none in {directory}")
+            scale_inv = tensors[name + "_scale_inv"].read()
             try:
-                weight = dequantize(weight, tensors[name + "_scale_inv"].read(), block)
+                weight = dequantize(weight, scale_inv, block)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}; see weight_block_size in config.json") from None
         for path, expert, value in placed(name, weight, config):
