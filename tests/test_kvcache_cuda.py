@@ -175,6 +175,21 @@ def test_in_place(name, program):
     np.testing.assert_array_equal(np.asarray(got).view(np.uint8), expected.view(np.uint8))
 
 
+def test_stacked_caches_in_scan():
+    """Each layer's cache is a slice of what the scan reads, and the result one of what it writes: they are not the same buffer there."""
+    rng = np.random.default_rng(0)
+    caches = jnp.stack([jnp.asarray(make_pool(rng, "fp8_v32", 4, 64)) for _ in range(3)])
+    latent, rope = (jnp.asarray(x).reshape(3, 2, -1) for x in make_rows(rng, "fp8_v32", 6))
+    slots = jnp.array([70, -1], jnp.int32)
+
+    def step(implementation, caches, latent, rope):
+        write = append("fp8_v32", implementation)
+        return jax.lax.scan(lambda _, layer: (None, write(*layer, slots)), None, (caches, latent, rope))[1]
+
+    expected = np.asarray(jax.jit(functools.partial(step, "xla"))(caches, latent, rope))
+    np.testing.assert_array_equal(jax.jit(functools.partial(step, "cuda"))(caches, latent, rope), expected)
+
+
 def test_list_per_layer_in_place():
     rng = np.random.default_rng(0)
     caches = [jnp.asarray(make_pool(rng, "fp8_v32", 1000, 64)) for _ in range(3)]

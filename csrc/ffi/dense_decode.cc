@@ -1,7 +1,5 @@
 #include "kernels/dense_decode.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -9,29 +7,18 @@
 
 #include "ffi/check.h"
 #include "ffi/handlers.h"
-#include "hopper/recording.h"
+#include "ffi/in_place.h"
 
 namespace jax_flashmla {
 namespace ffi = xla::ffi;
-
-// Attention and combine may be calls of their own (jax_flashmla/ops/dense_decode.py says when): the second one finds here what the first one left.
-static Status copy(void* to, const void* from, size_t bytes, Stream stream) {
-  if (to == from) return nullptr;
-  if (recording) {
-    recording->incomplete = true;
-    return nullptr;
-  }
-  const cudaError_t err = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
-  return err == cudaSuccess ? nullptr : cudaGetErrorString(err);
-}
 
 struct Results {
   void *out, *partial_out, *partial_stats;
   float* lse;
 };
 
-// The call that combines takes the results of the other one as further operands. Out and lse are complete but for sequences that were split, and its own are
-// to be the same buffers. They are not where XLA has a call write into a slice of something larger, as in a scan: then they are copied.
+// Attention and combine may be calls of their own (jax_flashmla/ops/dense_decode.py says when). The one that combines takes the results of the other one as
+// further operands. Out and lse are complete but for sequences that were split, and its own are to be the same buffers.
 static ffi::Error find_results(Results& to, Phase phase, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, ffi::ResultBuffer<ffi::F32> lse,
                                ffi::ResultBuffer<ffi::F16> partial_out, ffi::ResultBuffer<ffi::F32> partial_stats, Stream stream) {
   to = {out->untyped_data(), partial_out->untyped_data(), partial_stats->untyped_data(), lse->typed_data()};
@@ -46,8 +33,8 @@ static ffi::Error find_results(Results& to, Phase phase, ffi::RemainingArgs rest
     left[i] = operand->untyped_data();
   }
   to.partial_out = left[2], to.partial_stats = left[3];
-  FFI_LAUNCH(copy(to.out, left[0], bytes[0], stream));
-  FFI_LAUNCH(copy(to.lse, left[1], bytes[1], stream));
+  FFI_LAUNCH(copy_unless_in_place(to.out, left[0], bytes[0], stream));
+  FFI_LAUNCH(copy_unless_in_place(to.lse, left[1], bytes[1], stream));
   return ffi::Error::Success();
 }
 

@@ -67,12 +67,12 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
   for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(d[i]);
 }
 
-// Matrix descriptor of 128-byte swizzled sub-tiles (64 rows x 128 bytes, 8 KB, aligned to 1 KB). K-major operands: 8 rows are 1 KB apart and the
-// leading offset is unused; a k-step of 16 elements is +2. M/N-major operands: `leading` is the distance between 64-column sub-tiles; a k-step of 16
-// rows is +128.
-inline constexpr int kSubTileBytes = 64 * 128;
-__device__ __forceinline__ uint64_t smem_desc(const void* tile, uint32_t leading = 16) {
-  return uint64_t((smem_address(tile) & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(1024 >> 4) << 32 | 1ull << 62;
+// Matrix descriptor of an operand in 128-byte swizzled atoms of 8 rows x 128 bytes (1 KB, aligned to that), `stride` bytes from eight rows to the next. In a
+// sub-tile, 64 rows, they lie one behind the other. K-major operands: the leading offset is unused; a k-step of 16 elements is +2. M/N-major operands:
+// `leading` is the distance from 64 columns to the next; a k-step of 16 rows is two strides.
+inline constexpr int kAtomBytes = 8 * 128, kSubTileBytes = 8 * kAtomBytes;
+__device__ __forceinline__ uint64_t smem_desc(const void* tile, uint32_t leading = 16, uint32_t stride = kAtomBytes) {
+  return uint64_t((smem_address(tile) & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | 1ull << 62;
 }
 
 }  // namespace jax_flashmla

@@ -10,10 +10,10 @@
 //
 // Probabilities are handed over in two halves of 32 tokens, each with its own barrier, so that products start behind half a softmax.
 //
-// Shared memory (232,448 bytes, all there is): two K slots of nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The
+// Shared memory (232,448 bytes, all there is): two K slots as large as nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The
 // rope part of Q (a 64x64 tile) lives in registers of both warpgroups: it would not fit. Registers: 224 (O 128, S 32, P 16, rope 16), producer 56.
 //
-// V is the first 512 columns of K, read M-major out of the same sub-tiles: sub-tiles 0-3 feed warpgroup 0, 4-7 warpgroup 1.
+// V is the first 512 columns of K, read M-major out of the same bytes: the left half of a slot feeds warpgroup 0, the right half warpgroup 1.
 #pragma once
 
 #include <cmath>
@@ -53,9 +53,14 @@ struct Traits {
   static constexpr int kSubTiles = kDqk / 64;
   static constexpr int kHalf = kDv / 2 / 64;                     // sub-tiles of an output half
   static constexpr int kSlotTiles = kConverted ? 9 : kSubTiles;  // rows of fp8 need one to get ready in when d_qk is 512
-  // In k_full: one for each sub-tile, for each half of the slot, or for each step of the conversion, of which the scores wait for all.
-  static constexpr int kFullBarriers = kKeys == Keys::kPaged ? kSubTiles : kKeys == Keys::kCopied ? 2 : kHalf;
-  static __host__ __device__ constexpr int barrier_of(int t) { return kKeys == Keys::kPaged ? t : kKeys == Keys::kCopied ? t >= kHalf : t / 2 % kHalf; }
+  // In k_full: one for each half of the slot and for rope, for each half with rope, or for each step of the conversion, of which the scores wait for all.
+  static constexpr int kFullBarriers = kKeys == Keys::kPaged ? 2 + kRope : kKeys == Keys::kCopied ? 2 : kHalf;
+  static __host__ __device__ constexpr int barrier_of(int t) { return kKeys == Keys::kPaged ? t / kHalf : kKeys == Keys::kCopied ? t >= kHalf : t / 2 % kHalf; }
+  // How the half of a slot lies that an output half is made of: in sub-tiles, or eight tokens of all its columns behind the eight before, because few copies
+  // bring much then. Bytes from 64 columns to the next, and from eight tokens to the next.
+  static constexpr int kColumnStride = kGathered ? kSubTileBytes : kAtomBytes, kTokenStride = kGathered ? kAtomBytes : kHalf * kAtomBytes;
+  // Where columns 64 t .. 64 t + 63 begin. Rope lies in a sub-tile.
+  static __host__ __device__ constexpr int columns(int t) { return t / kHalf * kHalf * kSubTileBytes + t % kHalf * kColumnStride; }
 };
 
 constexpr int kShortPiece = 32;  // blocks, some 50 us: a last piece behind which combine is launched early
@@ -103,7 +108,7 @@ static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && si
 template <class Tr, int kWg>
 __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const uint32_t (&q_rope)[16], uint32_t phase) {
   using A = Atoms<typename Tr::T>;
-  const uint64_t q = smem_desc(smem.q), k = smem_desc(smem.k[kWg]);
+  const uint64_t q = smem_desc(smem.q), k = smem_desc(smem.k[kWg], 16, Tr::kTokenStride);
   // Scores read all that shared memory can give, and stores get through where they leave room: products that begin before all is stored hinder the rest.
   if (Tr::kConverted) {
 #pragma unroll
@@ -126,7 +131,7 @@ __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const 
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      const uint64_t b = k + t * (kSubTileBytes >> 4) + 2 * step;
+      const uint64_t b = k + (Tr::columns(t) >> 4) + 2 * step - (rope ? uint64_t((Tr::kTokenStride - kAtomBytes) >> 4) << 32 : 0);
       if (rope)
         mma<typename A::QkRS>(s, q_rope + 4 * step, b);
       else
@@ -140,15 +145,15 @@ __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const 
 template <class Tr, int kWg, int kPart, class P, bool kIdle = kPart == 0>
 __device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<Tr>& smem, int slot, bool keep = true) {
   using A = Atoms<typename Tr::T>;
-  const uint64_t v = smem_desc(smem.k[slot][kWg * Tr::kHalf], kSubTileBytes);
+  const uint64_t v = smem_desc(smem.k[slot][kWg * Tr::kHalf], Tr::kColumnStride, Tr::kTokenStride);
   if (kIdle) pin(o);  // no earlier product on o is in flight
   wgmma_fence();
 #pragma unroll
   for (int step = 2 * kPart; step < 2 * (kPart + 1); ++step) {
     if constexpr (std::is_integral_v<P>)
-      mma<typename A::PvSS>(o, p + 2 * step, v + 128 * step, keep || step > 0);
+      mma<typename A::PvSS>(o, p + 2 * step, v + 2 * (Tr::kTokenStride >> 4) * step, keep || step > 0);
     else
-      mma<typename A::PvRS>(o, p + 4 * step, v + 128 * step, keep || step > 0);
+      mma<typename A::PvRS>(o, p + 4 * step, v + 2 * (Tr::kTokenStride >> 4) * step, keep || step > 0);
   }
   wgmma_commit();
 }
@@ -156,9 +161,12 @@ __device__ __forceinline__ void accumulate(float (&o)[128], const P& p, Storage<
 // Zeros in rows first_row .. 63 of V.
 template <class Tr>
 __device__ __forceinline__ void clear_rows(typename Storage<Tr>::SubTile (&k)[Tr::kSlotTiles], int first_row, int thread) {
-  for (int i = thread; i < (64 - first_row) * 8; i += kWarpgroup)
+  for (int i = first_row * 8 + thread; i < kBlockTokens * 8; i += kWarpgroup)
 #pragma unroll
-    for (int t = 0; t < 2 * Tr::kHalf; ++t) reinterpret_cast<uint4*>(k[t])[first_row * 8 + i] = make_uint4(0, 0, 0, 0);
+    for (int t = 0; t < 2 * Tr::kHalf; ++t) {
+      char* atom = reinterpret_cast<char*>(k) + Tr::columns(t) + i / 64 * Tr::kTokenStride;
+      reinterpret_cast<uint4*>(atom)[i % 64] = make_uint4(0, 0, 0, 0);
+    }
 }
 
 // This thread's share of the rope part of Q: the A operand of the rope product.

@@ -15,14 +15,16 @@ struct Atoms {
   using PvSS = Atom<Major::kK, Major::kMN>;
   using PvRS = PvSS;
 };
-inline constexpr int kSubTileBytes = 64 * 128;
-inline uint64_t smem_desc(const void* tile, uint32_t leading = 16) { return smem_address(tile) >> 4 | uint64_t(leading >> 4) << 16; }
+inline constexpr int kAtomBytes = 8 * 128, kSubTileBytes = 8 * kAtomBytes;
+inline uint64_t smem_desc(const void* tile, uint32_t leading = 16, uint32_t stride = kAtomBytes) {
+  return smem_address(tile) >> 4 | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32;
+}
 
-// Element `index` (a row of A or a column of B) and k of an operand in swizzled sub-tiles.
+// Element `index` (a row of A or a column of B) and k of an operand in swizzled atoms.
 template <Major kMajor>
 float operand(uint64_t desc, int index, int k) {
-  const uint32_t base = uint32_t(desc & 0x3FFF) << 4, leading = uint32_t(desc >> 16 & 0x3FFF) << 4;
-  const uint32_t at = kMajor == Major::kK ? index / 8 * 1024 + index % 8 * 128 + 2 * k : index / 64 * leading + k * 128 + index % 64 * 2;
+  const uint32_t base = uint32_t(desc & 0x3FFF) << 4, leading = uint32_t(desc >> 16 & 0x3FFF) << 4, stride = uint32_t(desc >> 32 & 0x3FFF) << 4;
+  const uint32_t at = kMajor == Major::kK ? index / 8 * stride + index % 8 * 128 + 2 * k : index / 64 * leading + k / 8 * stride + k % 8 * 128 + index % 64 * 2;
   uint16_t bits;
   std::memcpy(&bits, emulation::shared_memory + swizzled(base + at), 2);
   return to_float(bits);
