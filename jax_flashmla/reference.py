@@ -59,7 +59,7 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_spli
     spare = steps * chunk_pages - block_table.shape[1]
     pages = jnp.pad(block_table, ((0, 0), (0, spare)), constant_values=-1)  # no page at all, so never read
     pages = pages.reshape(b, steps, chunk_pages).swapaxes(0, 1)
-    starts = chunk_tokens * jnp.arange(steps, dtype=jnp.int32)
+    starts = match_varying(chunk_tokens * jnp.arange(steps, dtype=jnp.int32), lengths)
 
     def attend(state, page, start):
         position = start + jnp.arange(chunk_tokens, dtype=jnp.int32)
@@ -154,7 +154,7 @@ def _attend_to_indices(state, q, k_cache, indices, topk_length, softmax_scale):
     steps = -(-topk // CHUNK_INDICES)
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, steps * CHUNK_INDICES - topk)), constant_values=-1)
     chunks = jnp.moveaxis(indices.reshape(b, s_q, steps, CHUNK_INDICES), 2, 0)
-    starts = CHUNK_INDICES * jnp.arange(steps, dtype=jnp.int32)
+    starts = match_varying(CHUNK_INDICES * jnp.arange(steps, dtype=jnp.int32), lengths)
 
     def attend(state, slots, start):
         position = start + jnp.arange(CHUNK_INDICES, dtype=jnp.int32)

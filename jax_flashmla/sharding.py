@@ -81,6 +81,7 @@ def context_lengths(
     """
     checks.array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
     run = _run_tokens(num_shards, page_size, pages_per_run)
+    _check_shard(shard, num_shards)
     return _held(jnp.asarray(cache_seqlens), shard, num_shards, run)
 
 
@@ -112,11 +113,12 @@ def context_block_table(
     checks.array("block_table", block_table, axes="b, max_pages", dtypes=("int32",))
     num_shards = checks.integer("num_shards", num_shards, minimum=1)
     pages_per_run = checks.integer("pages_per_run", pages_per_run, minimum=1)
+    _check_shard(shard, num_shards)
     b, max_pages = block_table.shape
     cycles = -(-max_pages // (num_shards * pages_per_run))
     spare = cycles * num_shards * pages_per_run - max_pages
     runs = jnp.pad(jnp.asarray(block_table), ((0, 0), (0, spare)), constant_values=-1)
-    return jnp.take(runs.reshape(b, cycles, num_shards, pages_per_run), shard, axis=2).reshape(b, -1)
+    return jnp.take(runs.reshape(b, cycles, num_shards, pages_per_run), shard, axis=2).reshape(b, cycles * pages_per_run)
 
 
 def context_positions(
@@ -144,10 +146,22 @@ def context_positions(
     """
     checks.array("positions", positions, axes="...", dtypes=("int32",))
     run = _run_tokens(num_shards, page_size, pages_per_run)
+    _check_shard(shard, num_shards)
     positions = jnp.asarray(positions)
     cycle, rest = positions // (run * num_shards), positions % (run * num_shards)
     own = (positions >= 0) & (rest // run == shard)
     return jnp.where(own, cycle * run + rest % run, -1)
+
+
+def _check_shard(shard: int | jax.Array, num_shards: int) -> None:
+    """A traced number is known on the device alone."""
+    if isinstance(shard, (jax.Array, np.ndarray)):
+        if shard.ndim or not jnp.issubdtype(shard.dtype, jnp.integer):
+            raise TypeError(
+                f"shard must be one integer, got {shard.dtype} of shape {shard.shape}; use jax.lax.axis_index"
+            )
+    elif checks.integer("shard", shard, minimum=0) >= num_shards:
+        raise ValueError(f"shard must be below num_shards = {num_shards}, got {shard}; places count from 0")
 
 
 def _run_tokens(num_shards: int, page_size: int, pages_per_run: int) -> int:
@@ -348,7 +362,8 @@ class MLAMesh:
             arguments.plain_pool("cache", cache, dtypes=checks.REFERENCE_DTYPES, d_qk=d_latent + 64)
             page_size = cache.shape[1]
         else:
-            page_size = page_size_of(cache.shape, arguments.kv_cache("cache", cache, format).token_bytes)
+            token_bytes = arguments.kv_cache("cache", cache, format).token_bytes
+            page_size = page_size_of(cache.shape, token_bytes)
         arguments.block_table(block_table, page_size, b=b)
         self.divides("batch", "latent", b)
         self.divides("pages", "cache", cache.shape[0])
@@ -410,13 +425,13 @@ class MLAMesh:
             column = head[:, None] // page_size + jnp.arange(columns, dtype=jnp.int32)
             pages = jnp.take_along_axis(table, jnp.minimum(column, table.shape[1] - 1), axis=1)
             operands |= {
-                "q": q.reshape(b * s_q, 1, h_q, -1),
+                "q": q.reshape(b * s_q, 1, h_q, q.shape[3]),
                 "block_table": jnp.repeat(pages, s_q, axis=0),
                 "cache_seqlens": tail.reshape(-1),
                 **dict.fromkeys(plan),
             }
             out, lse = call(**operands)
-            results.append((out.reshape(b, s_q, h_q, -1), lse.reshape(b, s_q, h_q).swapaxes(1, 2)))
+            results.append((out.reshape(b, s_q, h_q, out.shape[3]), lse.reshape(b, s_q, h_q).swapaxes(1, 2)))
         return _merge(results, axis, scatter=scatter)
 
     def _parts(self, lengths: jax.Array, s_q: int, page_size: int) -> tuple[jax.Array, jax.Array]:
@@ -442,6 +457,8 @@ class MLAMesh:
             raise NotImplementedError(
                 "indices are not supported with a context axis; divide heads or the batch of sparse decode"
             )
+        else:
+            arguments.pool("k_cache", given["k_cache"])
         for name, value in operands.items():
             self._divides_all(name, value)
         k_cache = given["k_cache"]

@@ -619,6 +619,10 @@ def test_the_whole_path(run, tmp_path):
     again = tmp_path / "again.png"
     code, out, err = run("dense_decode", "--from", rows, "--plot", again)
     assert code == 0 and out == "" and again.exists()
+    rows.write_text("{")
+    for source in (rows, tmp_path / "nothing"):
+        code, out, err = run("dense_decode", "--from", source, "--plot", again)
+        assert code == 2 and err.count("\n") == 1 and f"--from {source}: " in err
 
 
 OTHER_OPS = [
@@ -763,6 +767,9 @@ def test_arguments():
     for wrong in (["--peers", "nobody"], ["--modes", "warm"], ["--cases", "x"], ["--from", "x"]):
         with pytest.raises(SystemExit, match="2"):
             bench.parse_args(["dense_decode", *wrong])
+    for wrong in ("0", "-5", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            bench.parse_args(["schedule", f"--cases={wrong}"])
 
 
 def test_environment_is_set_before_the_backend_starts():

@@ -192,6 +192,18 @@ def test_no_pages_in_the_table():
     assert (np.asarray(out) == 0).all() and (np.asarray(lse) == -np.inf).all()
 
 
+@pytest.mark.parametrize("layout", ["context", "batch_context"])
+def test_no_sequences(layout):
+    mesh = mesh_of(layout)
+    q, table, lengths = np.zeros((0, 3, H_Q, 576), np.float32), np.zeros((0, 4), np.int32), np.zeros(0, np.int32)
+    cache = np.ones((8, PAGE, 1, 576), np.float32)
+    out, lse = jax.jit(attend_on(mesh, causal=True))(q, cache, table, lengths)
+    assert out.shape == (0, 3, H_Q, 512) and lse.shape == (0, H_Q, 3)
+    rows, positions = np.zeros((0, 2, 576), np.float32), np.zeros((0, 2), np.int32)
+    after = mesh.append_kv_cache(cache, rows[..., :512], rows[..., 512:], table, positions)
+    np.testing.assert_array_equal(after, cache)
+
+
 @pytest.mark.parametrize("layout", ["heads", "batch_context", "one_axis"])
 def test_half_precision(layout):
     """Rounded once more than on one device where parts are joined: outputs up to 3 in bfloat16."""
@@ -540,6 +552,12 @@ REFUSED = {
     "run_too_long": (lambda: sharding.context_lengths(i32(1), 0, 2, page_size=64, pages_per_run=2**30), ValueError, r"pages_per_run must keep .* below 2\*\*31"),
     "no_shards": (lambda: sharding.context_block_table(i32(1, 2), 0, 0), ValueError, "num_shards must be"),
     "positions": (lambda: sharding.context_positions(f32(3), 0, 2, page_size=64), TypeError, "positions must be int32"),
+    "shard_behind": (lambda: sharding.context_lengths(i32(1), 2, 2, page_size=64), ValueError, "shard must be below num_shards = 2, got 2"),
+    "shard_before": (lambda: sharding.context_block_table(i32(1, 2), -1, 2), ValueError, "shard must be at least 0, got -1"),
+    "no_shard": (lambda: sharding.context_positions(i32(3), None, 2, page_size=64), TypeError, "shard must be an int, got NoneType"),
+    "shard_array": (lambda: sharding.context_block_table(i32(1, 2), f32(), 2), TypeError, "shard must be one integer, got float32"),
+    "cache_list": (append("heads", cache=[f32(8, PAGE, 1, 576)], format="bf16"), TypeError, "cache must be an array .*got list"),
+    "no_pool": (on("heads", causal=False, k_cache=None, indices=i32(B, 3, 4)), TypeError, "k_cache must be an array .*got NoneType"),
 }  # fmt: skip
 
 

@@ -343,6 +343,17 @@ def test_shard_map_of_vmap(specs):
     assert_same(jax.tree.map(lambda x: np.asarray(x)[1], got), jax.device_get(expected))
 
 
+@pytest.mark.parametrize("name", ["dense_decode", "sparse_decode", "sparse_prefill"])
+def test_vmap_of_shard_map_over_lengths(name):
+    """How far a loop goes is another number for every element then."""
+    example, operands = EXAMPLES[name]
+    op = functools.partial(example, implementation="xla")
+    with jax.set_mesh(mesh(AxisType.Auto)):
+        f = jax.vmap(jax.shard_map(op, in_specs=(P("x"),) * 3, out_specs=P("x")))
+        got = jax.jit(f)(*(np.stack([x, x[::-1]]) for x in operands))
+    assert_same(jax.tree.map(lambda x: np.asarray(x)[1][::-1], got), jax.device_get(op(*operands)))
+
+
 @sharded
 def test_shard_map_lowers_for_cuda(specs, cuda_build):
     operands, _ = sharded_inputs(specs)

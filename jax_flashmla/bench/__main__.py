@@ -231,11 +231,18 @@ def main(argv: list[str] | None = None) -> int:
     if problem:
         print(f"python -m jax_flashmla.bench {problem}", file=sys.stderr)
         return 2
-    rows, good = (report.read_json(args.source), True) if args.source else run(args)
+    if args.source:
+        try:
+            rows, good = report.read_json(args.source), True
+        except (OSError, ValueError) as error:  # as json's errors are
+            print(f"python -m jax_flashmla.bench --from {args.source}: {error}", file=sys.stderr)
+            return 2
+    else:
+        rows, good = run(args)
     if args.plot:
         try:
             report.plot(rows, args.plot)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             good = False
     return 0 if good else 1

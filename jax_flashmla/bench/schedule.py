@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import get_mla_metadata
+from .cases import numbers
 from .protocol import Chain, Setup, Work, jitted
 
 NAMES = ("1", "32", "512")  # b
@@ -18,7 +19,12 @@ PEERS: dict[str, Callable[[], Any]] = {}
 BESIDE: tuple[str, ...] = ()
 RATED = False
 ROWS, LONGEST = 128, 30000
-check = int  # raises a ValueError
+
+
+def check(name: str) -> int:
+    (b,) = numbers(name, ("b",))
+    return b
+
 
 
 def ours(b: int, chain: tuple[int, int]) -> Chain:
@@ -31,6 +37,6 @@ def ours(b: int, chain: tuple[int, int]) -> Chain:
 
 
 def work(name: str, setup: Setup) -> Work:
-    b = int(name)
+    b = check(name)
     chain = (1, 3) if setup.small else (16, 64)
     return Work(name, {"b": b, "h_q": ROWS}, 0.0, 0.0, {"jax_flashmla": functools.partial(ours, b, chain)})
