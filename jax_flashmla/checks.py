@@ -1,7 +1,9 @@
 """Argument checks by name: what was expected, what came, what to do. Attributes are cast here and nowhere else."""
 
+import json
 import math
 import operator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -199,6 +201,17 @@ def invariant_batch(b: int, batch_invariant: bool) -> None:
             f"batch_invariant needs b <= {MAX_INVARIANT_BATCH}, got cache_seqlens of shape ({b},); "
             "decode in several batches, which gives the same bits"
         )
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        value = error
+    if not isinstance(value, dict):
+        got = value if isinstance(value, ValueError) else type(value).__name__
+        raise ValueError(f"{path} must be a JSON object, got {got}; is the download complete?")
+    return value
 
 
 def implementation(value: Any) -> None:

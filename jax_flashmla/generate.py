@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from . import checks
 from .__main__ import leave_source_tree
 
 if TYPE_CHECKING:
@@ -86,7 +86,11 @@ class Text:
                 f"{directory} has a tokenizer.json, which needs the package tokenizers, and importing it failed; "
                 "pip install 'jax-flashmla[generate]' brings it"
             ) from error
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        path = directory / "tokenizer.json"
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # it raises nothing narrower
+            raise ValueError(f"{path} must be a tokenizer, got {error}; is the download complete?") from None
         self._new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=True)
         config = read_json(directory / "tokenizer_config.json")
         bos = config.get("bos_token")
@@ -108,17 +112,27 @@ class Text:
 
 
 class Decoder:
-    """The text that each token adds; a character of several tokens comes with the last of them."""
+    """The text that each token adds; a character of several tokens comes with the last of them, or at the end."""
 
     def __init__(self, tokenizer: Any, stream: Any):
         self._tokenizer, self._stream = tokenizer, stream
+        self._tokens: list[int] = []
+        self._shown = ""
 
-    def __call__(self, token: int) -> str:
-        return f"{token} " if self._stream is None else self._stream.step(self._tokenizer, token) or ""
+    def __call__(self, token: int, *, last: bool = False) -> str:
+        if self._stream is None:
+            return f"{token} "
+        self._tokens.append(token)
+        piece = self._stream.step(self._tokenizer, token) or ""
+        if last:  # what the stream holds back for the rest of a character that does not come
+            text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+            piece = text.removeprefix(self._shown) if text.startswith(self._shown + piece) else piece
+        self._shown += piece
+        return piece
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return checks.json_object(path) if path.exists() else {}
 
 
 def eos_token_ids(directory: Path | None) -> list[int]:
@@ -190,14 +204,14 @@ def show(engine: Engine, requests: list[Request], text: Text) -> None:
     decoders = {request: text.pieces() for request in requests}
     if len(requests) == 1:
         for request, token in engine.stream():
-            print(decoders[request](token), end="", flush=True)
+            print(decoders[request](token, last=request.done), end="", flush=True)
         print()
         return
     total = sum(request.max_new_tokens for request in requests)
     outputs = dict.fromkeys(requests, "")
     with tqdm(total=total, unit="token", file=sys.stderr) as bar:
         for request, token in engine.stream():
-            outputs[request] += decoders[request](token)
+            outputs[request] += decoders[request](token, last=request.done)
             bar.update()
             if request.done:
                 bar.total -= request.max_new_tokens - len(request.tokens)

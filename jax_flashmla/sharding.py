@@ -118,7 +118,8 @@ def context_block_table(
     cycles = -(-max_pages // (num_shards * pages_per_run))
     spare = cycles * num_shards * pages_per_run - max_pages
     runs = jnp.pad(jnp.asarray(block_table), ((0, 0), (0, spare)), constant_values=-1)
-    return jnp.take(runs.reshape(b, cycles, num_shards, pages_per_run), shard, axis=2).reshape(b, cycles * pages_per_run)
+    own = jnp.take(runs.reshape(b, cycles, num_shards, pages_per_run), shard, axis=2)
+    return own.reshape(b, cycles * pages_per_run)
 
 
 def context_positions(

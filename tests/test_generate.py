@@ -99,6 +99,24 @@ def test_characters_of_several_tokens_come_whole(tmp_path):
     assert second(tokens[-1]) == "x"
 
 
+def test_text_that_ends_inside_a_character_is_shown(tmp_path):
+    """A token may hold letters and the first byte of a character, which the stream keeps for the next token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("a", "b"), ("ab", "Ã")]  # Ã stands for the byte C3
+    vocabulary = {c: i for i, c in enumerate([*alphabet, "ab", "abÃ"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = generate.Text(tmp_path)
+    x, ab, ab_and_more = vocabulary["x"], vocabulary["ab"], vocabulary["abÃ"]
+    for last, withheld, shown in ((ab_and_more, "", "ab\ufffd"), (ab, "ab", "ab")):
+        piece = text.pieces()
+        assert [piece(x), piece(last)] == ["x", withheld]
+        piece = text.pieces()
+        assert [piece(x), piece(last, last=True)] == ["x", shown]
+
+
 def test_without_a_model_it_says_so(tmp_path):
     """As a user calls it: the module's own imports, streams and exit code."""
     root = Path(generate.__file__).resolve().parent.parent
@@ -151,6 +169,19 @@ def test_errors(checkpoint, tmp_path, monkeypatch, capsys, options, message):
     assert generate.main(["--model", str(checkpoint), "--page-size", "16", *options]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1].startswith("error: ") and message in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_files_that_are_not_what_they_are_called(checkpoint, tmp_path, capsys, name):
+    pytest.importorskip("tokenizers")
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "good.txt").write_text("1 2 3")
+    assert generate.main(["--model", str(tmp_path), "--tokens", str(tmp_path / "good.txt")]) == 2
+    err = capsys.readouterr().err
+    assert f"{name} must be a" in err and "is the download complete?" in err
 
 
 def test_a_prompt_without_tokens_is_refused(capsys):

@@ -176,7 +176,7 @@ def test_in_place(name, program):
 
 
 def test_stacked_caches_in_scan():
-    """Each layer's cache is a slice of what the scan reads, and the result one of what it writes: they are not the same buffer there."""
+    """A layer's cache is a slice of what the scan reads, the result one of what it writes: not the same buffer."""
     rng = np.random.default_rng(0)
     caches = jnp.stack([jnp.asarray(make_pool(rng, "fp8_v32", 4, 64)) for _ in range(3)])
     latent, rope = (jnp.asarray(x).reshape(3, 2, -1) for x in make_rows(rng, "fp8_v32", 6))

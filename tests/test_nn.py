@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import subprocess
@@ -415,6 +416,22 @@ def test_files_that_are_not_whole_are_refused(change, tmp_path):
         DeepseekForCausalLM.from_pretrained(tmp_path, progress=False)
 
 
+@pytest.mark.parametrize("text, words", [("{}", "must have a weight_map"), ("[]", "must be a JSON object, got list")])
+def test_an_index_that_is_none_is_refused(text, words, tmp_path):
+    config = nn_checkpoints.CONFIGS["v2_lite"]
+    index = nn_checkpoints.save(tmp_path, config, nn_checkpoints.weights(config)) / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(ValueError, match=f"{re.escape(str(index))} {words}.*is the download complete"):
+        DeepseekForCausalLM.from_pretrained(tmp_path, progress=False)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(nn_checkpoints.CONFIGS["v2_lite"]))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"model-2\.safetensors must be there, model\.safetensors\.index"):
+        DeepseekForCausalLM.from_pretrained(tmp_path, progress=False)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -436,6 +453,38 @@ def test_unsupported_configurations_are_refused(change, words):
 def test_null_in_the_configuration_is_nothing():
     config = nn_checkpoints.CONFIGS["v3"]
     assert DeepseekConfig.from_hf(config | {"rope_interleave": None}) == DeepseekConfig.from_hf(config)
+    none = DeepseekConfig.from_hf(config | {"n_group": None, "n_shared_experts": None, "n_routed_experts": None})
+    assert (none.n_group, none.topk_group, none.n_shared_experts) == (1, 1, 0)
+    assert none.first_k_dense_replace == none.num_hidden_layers
+
+
+def test_a_mixture_without_shared_experts():
+    config = DeepseekConfig.from_hf(nn_checkpoints.CONFIGS["v3"])
+    alone = deepseek.MoE(dataclasses.replace(config, n_shared_experts=0), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    both = deepseek.MoE(config, dtype=jnp.float32, rngs=nnx.Rngs(0))  # routed experts come first, so they are the same
+    x = jax.random.normal(jax.random.key(1), (2, 5, config.hidden_size))
+    np.testing.assert_allclose(alone(x) + both.shared_experts(x), both(x), atol=1e-6, rtol=1e-6)  # two float32 sums
+    assert not any("shared_experts" in path for path, _ in nnx.to_flat_state(nnx.state(alone)))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"scoring_func": "relu"}, "scoring_func must be 'sigmoid' or 'softmax', got 'relu'"),
+        ({"n_group": 3}, "n_group must be a divisor of n_routed_experts = 8, got 3"),
+        ({"n_group": 0}, "n_group must be a divisor of n_routed_experts = 8, got 0"),
+        ({"n_group": 8}, "n_group must be smaller: sigmoid rates a group by two experts, got 8"),
+        ({"topk_group": 5}, "topk_group must be 1 to n_group = 4, got 5"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok must be 1 to 4, the experts to choose from, got 5"),
+    ],
+)
+def test_experts_that_do_not_go_together_are_refused(change, words):
+    """A router would choose among groups of several tokens, or name no argument."""
+    config = dataclasses.replace(
+        DeepseekConfig.v3(), hidden_size=32, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3
+    )
+    with pytest.raises(ValueError, match=words):
+        deepseek.Router(dataclasses.replace(config, **change), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, np.dtype("float32"), "float32"])
@@ -632,8 +681,54 @@ def test_a_step_without_tokens_is_refused(load):
             layer(jnp.ones((b, s, 32)), layer.init_cache(1), table, lengths)
         with pytest.raises(ValueError, match=r"tokens must be \[b, s\] and not empty, got shape"):
             model(jnp.ones((b, s), jnp.int32), model.init_caches(1), table, lengths)
+        with pytest.raises(ValueError, match=r"tokens must be \[b, s\] and not empty, got shape"):
+            model.mha(jnp.ones((b, s), jnp.int32))
     with pytest.raises(ValueError, match="s must be at least 1, got 0"):
         plan(jnp.ones(1, jnp.int32), 0, 2)
+
+
+TOKENS_2 = jnp.ones((2, 1), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "changed, error, words",
+    [
+        ({"cache_seqlens": [3, 4]}, TypeError, r"cache_seqlens must be an array \[b\], got list; use jnp.asarray"),
+        ({"cache_seqlens": jnp.ones(1, jnp.int32)}, ValueError, r"cache_seqlens must have shape \[b\] = \(2,\)"),
+        ({"cache_seqlens": jnp.int32(3)}, ValueError, r"cache_seqlens must have the axes \[b\], got shape \(\)"),
+        ({"num_new": [1, 2]}, TypeError, r"num_new must be an array \[b\], got list"),
+        ({"num_new": jnp.ones(1, jnp.int32)}, ValueError, r"num_new must have shape \[b\] = \(2,\), got \(1,\)"),
+        ({"tokens": [[1], [2]]}, TypeError, r"tokens must be an array \[b, s\], got list; use jnp.asarray"),
+        ({"caches": ()}, ValueError, "caches must be a tuple of 2, one per layer, got 0; use init_caches"),
+        ({"caches": jnp.ones(2)}, ValueError, "caches must be a tuple of 2, one per layer, got ArrayImpl"),
+    ],
+)
+def test_wrong_arguments_of_a_model_are_named(load, changed, error, words):
+    model = load("v2_lite")
+    arguments = {
+        "tokens": TOKENS_2, "caches": model.init_caches(2), "block_table": jnp.array([[0], [1]], jnp.int32),
+        "cache_seqlens": jnp.ones(2, jnp.int32), **changed,
+    }  # fmt: skip
+    with pytest.raises(error, match=words):
+        model(**arguments)
+
+
+def test_wrong_lengths_of_a_plan_and_a_layer_are_named():
+    layer = MLAAttention(32, 2, q_lora_rank=None, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="cache_seqlens must be an array"):
+        plan([3, 4], 1, 2)
+    with pytest.raises(ValueError, match=r"cache_seqlens must have shape \[b\] = \(2,\), got \(1,\)"):
+        layer(jnp.ones((2, 1, 32)), layer.init_cache(2), jnp.zeros((2, 1), jnp.int32), jnp.ones(1, jnp.int32))
+    with pytest.raises(ValueError, match=r"x must be \[b, s, hidden_size\] and not empty"):
+        layer.mha(jnp.ones((2, 0, 32)))
+
+
+def test_a_batch_that_mha_cannot_divide_is_refused(load):
+    config = DeepseekConfig.from_hf(nn_checkpoints.CONFIGS["v2_lite"])
+    options = {"dtype": jnp.float32, "mesh": mesh_of(AxisType.Auto, {"batch": 2}), "rngs": nnx.Rngs(0)}
+    model = DeepseekForCausalLM(config, **options)
+    with pytest.raises(ValueError, match="tokens must have b divisible by 2"):
+        model.mha(jnp.ones((3, 2), jnp.int32))
 
 
 def test_heads_that_cannot_be_divided_are_refused():

@@ -26,7 +26,6 @@ def check(name: str) -> int:
     return b
 
 
-
 def ours(b: int, chain: tuple[int, int]) -> Chain:
     lengths = list(jax.random.randint(jax.random.key(0), (chain[1], b), 0, LONGEST, jnp.int32))
 

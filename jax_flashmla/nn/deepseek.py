@@ -13,7 +13,18 @@ from flax import nnx
 from .. import api, checks
 from ..kvcache.pages import free_bytes
 from ..sharding import MLAMesh
-from .mla import Attention, MLAAttention, RMSNorm, RopeConfig, by_chunks, linear, not_empty, plan, precision
+from .mla import (
+    Attention,
+    MLAAttention,
+    RMSNorm,
+    RopeConfig,
+    by_chunks,
+    check_lengths,
+    linear,
+    not_empty,
+    plan,
+    precision,
+)
 from .placement import on_mesh, parameter_sharding, place
 from .sparse import SparseCache, SparseMLAAttention
 
@@ -173,6 +184,13 @@ class DeepseekConfig:
         values = {name: config[name] for name in names if config.get(name) is not None}
         if "q_lora_rank" in config:
             values["q_lora_rank"] = config["q_lora_rank"] or None
+        # null: none of them.
+        if config.get("n_group", 1) is None:
+            values["n_group"] = values["topk_group"] = 1
+        if config.get("n_shared_experts", 1) is None:
+            values["n_shared_experts"] = 0
+        if config.get("n_routed_experts", 1) is None:
+            values["first_k_dense_replace"] = values.get("num_hidden_layers", defaults.num_hidden_layers)
         if mlps := config.get("mlp_layer_types"):
             dense = mlps.count("dense")
             if "dense" in mlps[dense:]:
@@ -243,11 +261,27 @@ class Router(nnx.Module):
     """
 
     def __init__(self, config: DeepseekConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        c = self.config = config
+        sigmoid = c.scoring_func == "sigmoid"
+        in_group, rest = divmod(c.n_routed_experts, max(c.n_group, 1))
+        most = c.topk_group * in_group if c.n_group > 1 else c.n_routed_experts
+        for name, good, words in (
+            ("scoring_func", sigmoid or c.scoring_func == "softmax", "'sigmoid' or 'softmax'"),
+            ("n_group", c.n_group >= 1 and rest == 0, f"a divisor of n_routed_experts = {c.n_routed_experts}"),
+            (
+                "n_group",
+                c.n_group == 1 or in_group >= 1 + sigmoid,
+                "smaller: sigmoid rates a group by two experts",
+            ),
+            ("topk_group", 1 <= c.topk_group <= c.n_group, f"1 to n_group = {c.n_group}"),
+            ("num_experts_per_tok", 1 <= c.num_experts_per_tok <= most, f"1 to {most}, the experts to choose from"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {words}, got {getattr(c, name)!r}")
         self.kernel = nnx.Param(
             nnx.initializers.lecun_normal()(rngs.params(), (config.hidden_size, config.n_routed_experts), jnp.float32)
         )
-        if config.scoring_func == "sigmoid":
+        if sigmoid:
             self.e_score_correction_bias = nnx.Param(jnp.zeros(config.n_routed_experts))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -270,7 +304,7 @@ class Router(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Routed experts as one matrix product per projection, and shared experts as one MLP. Drops no token."""
+    """Routed experts as one matrix product per projection, and shared ones, if any, as one MLP. Drops no token."""
 
     def __init__(self, config: DeepseekConfig, *, dtype: Any, mesh: MLAMesh | None = None, rngs: nnx.Rngs):
         self.mesh = mesh
@@ -280,13 +314,14 @@ class MoE(nnx.Module):
         self.gate_proj = nnx.Param(init(rngs.params(), (e, d, f), dtype))
         self.up_proj = nnx.Param(init(rngs.params(), (e, d, f), dtype))
         self.down_proj = nnx.Param(init(rngs.params(), (e, f, d), dtype))
-        self.shared_experts = MLP(d, f * config.n_shared_experts, dtype=dtype, rngs=rngs)
+        shared = f * config.n_shared_experts
+        self.shared_experts = MLP(d, shared, dtype=dtype, rngs=rngs) if shared else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         weights, experts = (y.reshape(*x.shape[:-1], -1) for y in self.gate(x.reshape(-1, x.shape[-1])))
         operands = x, weights, experts, self.gate_proj[...], self.up_proj[...], self.down_proj[...]
         routed = _routed(*operands) if self.mesh is None else self._routed_on_mesh(*operands)
-        return routed + self.shared_experts(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
     def _routed_on_mesh(self, x: jax.Array, *operands: jax.Array) -> jax.Array:
         """Every device takes its own tokens through its own columns of all experts."""
@@ -382,7 +417,8 @@ class DeepseekForCausalLM(nnx.Module):
       rngs: initialises the parameters; `from_pretrained` reads them.
 
     Raises:
-      ValueError: as `MLAAttention`, or `SparseMLAAttention` where `config.index_topk` is not None.
+      ValueError: as `MLAAttention`, or `SparseMLAAttention` where `config.index_topk` is not None; the numbers of
+        experts and groups do not go together.
       NotImplementedError: sparse attention on a mesh with a context axis.
 
     Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; DeepSeek-V3.2, arXiv:2512.02556; GLM-5,
@@ -537,9 +573,14 @@ class DeepseekForCausalLM(nnx.Module):
           logits, float32 `[b, s, vocab_size]`, and the caches.
 
         Raises:
-          TypeError, ValueError: tokens are empty; or from `flash_mla_with_kvcache`, about table, lengths and cache.
+          TypeError, ValueError: tokens are empty, caches are not one per layer, or an argument has the wrong type,
+            dtype or shape.
         """
         not_empty("tokens", tokens, "b, s")
+        check_lengths("cache_seqlens", cache_seqlens, tokens.shape[0])
+        if not isinstance(caches, (tuple, list)) or len(caches) != len(self.layers):
+            got = len(caches) if isinstance(caches, (tuple, list)) else type(caches).__name__
+            raise ValueError(f"caches must be a tuple of {len(self.layers)}, one per layer, got {got}; use init_caches")
         metadata = None  # sparse decode has no plan
         if self.config.index_topk is None:
             metadata = plan(
@@ -562,6 +603,9 @@ class DeepseekForCausalLM(nnx.Module):
     @on_mesh("x")
     def mha(self, tokens: jax.Array) -> jax.Array:
         """Logits `[b, s, vocab_size]` of whole sequences `[b, s]` by plain attention, without a cache. For checking."""
+        not_empty("tokens", tokens, "b, s")
+        if self.mesh is not None:
+            self.mesh.divides("batch", "tokens", tokens.shape[0])
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer.mha(x)

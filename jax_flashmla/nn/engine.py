@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from ..kvcache import OutOfPages, PageAllocator, copy_pages
 from .deepseek import Caches, DeepseekForCausalLM
 from .sampling import sample
 
+MOST_TEMPERATURE = float(np.finfo(np.float32).max)
 NARROWEST_TABLE = 16  # pages; the next widths are 4 times as wide each
 
 
@@ -205,7 +205,7 @@ class Engine:
         widest = -(-(self.max_seq_len + self.chunk_sizes[-1]) // page_size)
         narrower = [] if self.batch_invariant else [NARROWEST_TABLE * 4**i for i in range(16)]
         self.table_widths = (*(width for width in narrower if width < widest), widest)
-        self.eos_token_ids = frozenset(checks.integer("eos_token_ids", token, minimum=0) for token in eos_token_ids)
+        self.eos_token_ids = frozenset(_integers("eos_token_ids", eos_token_ids, minimum=0))
         self.vocab_size = model.config.vocab_size
 
         graphdef, params = nnx.split(model)
@@ -254,7 +254,7 @@ class Engine:
             wrong = prompt[(prompt < 0) | (prompt >= self.vocab_size)][0]
             raise ValueError(f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}; see vocab_size")
         max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, minimum=1)
-        temperature = _number("temperature", temperature, "at least 0", lambda x: 0 <= x < math.inf)
+        temperature = _number("temperature", temperature, "at least 0", lambda x: 0 <= x <= MOST_TEMPERATURE)
         top_p = _number("top_p", top_p, "over 0 and up to 1", lambda x: 0 < x <= 1)
         seed = checks.integer("seed", seed, minimum=0)
         if seed >= 2**32:
@@ -535,8 +535,14 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if different.size else n
 
 
+def _integers(name: str, values: Iterable[int], *, minimum: int) -> tuple[int, ...]:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be numbers, got {type(values).__name__} {values!r}; give a tuple")
+    return tuple(checks.integer(name, value, minimum=minimum) for value in values)
+
+
 def _ascending(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    result = tuple(checks.integer(name, size, minimum=1) for size in sizes)
+    result = _integers(name, sizes, minimum=1)
     if not result or any(a >= b for a, b in itertools.pairwise(result)):
         raise ValueError(f"{name} must be ascending numbers, one at least, got {result}")
     return result

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from .. import checks
 from ..sharding import MLAMesh
 from .deepseek import DeepseekConfig, DeepseekForCausalLM
 from .placement import ParamPath, parameter_sharding
@@ -48,7 +49,12 @@ def tensors_in(directory: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, one file or sharded, in the order of the files."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+        names = checks.json_object(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{index} must have a weight_map, got {names!r}; is the download complete?")
+        files = sorted({directory / name for name in names.values()})
+        if absent := [file for file in files if not file.exists()]:
+            raise FileNotFoundError(f"{absent[0]} must be there, {index.name} names it; is the download complete?")
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -70,6 +76,8 @@ def tensors_in(directory: Path) -> dict[str, Tensor]:
 
 def dequantize(weight: np.ndarray, scale_inv: np.ndarray, block: tuple[int, int] = FP8_BLOCK) -> np.ndarray:
     """float32: each block of the e4m3 weight times its scale, which the checkpoint calls its inverse."""
+    if weight.ndim != 2:
+        raise ValueError(f"a float8 weight must have two axes, got shape {weight.shape}")
     blocks = tuple(-(-n // k) for n, k in zip(weight.shape, block, strict=True))
     if scale_inv.shape != blocks:
         raise ValueError(
@@ -82,6 +90,11 @@ def dequantize(weight: np.ndarray, scale_inv: np.ndarray, block: tuple[int, int]
 
 def split_kv_b(weight: np.ndarray, num_heads: int, d_nope: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a head are [nope | v]: `w_uk` [h_q, d_nope, 512] and `w_uv` [h_q, d_v, 512]."""
+    if weight.shape[0] % num_heads:
+        raise ValueError(
+            f"kv_b_proj.weight must have rows for {num_heads} heads, got shape {weight.shape}; see num_attention_heads "
+            "in config.json"
+        )
     w_uk, w_uv = np.split(weight.reshape(num_heads, -1, weight.shape[1]), [d_nope], axis=1)
     return w_uk, w_uv
 
@@ -123,7 +136,7 @@ def load(
     directory = Path(directory)
     if not (directory / "config.json").exists():
         raise FileNotFoundError(f"{directory} must hold a config.json, got none; is it a Hugging Face checkpoint?")
-    raw_config = json.loads((directory / "config.json").read_text())
+    raw_config = checks.json_object(directory / "config.json")
     config = DeepseekConfig.from_hf(raw_config)
     quantization = raw_config.get("quantization_config") or {}
     block = tuple(quantization.get("weight_block_size") or FP8_BLOCK)

@@ -133,8 +133,15 @@ def write_positions(positions: jax.Array, num_new: jax.Array | None) -> jax.Arra
 
 def not_empty(name: str, value: jax.Array, axes: str) -> None:
     """A step needs a token of a sequence: the op has no batch, and no chunk, of nothing."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} must be an array [{axes}], got {type(value).__name__}; use jnp.asarray")
     if value.ndim != len(axes.split(",")) or 0 in value.shape:
         raise ValueError(f"{name} must be [{axes}] and not empty, got shape {value.shape}; skip a step without tokens")
+
+
+def check_lengths(name: str, value: jax.Array, b: int) -> None:
+    checks.array(name, value, axes="b", dtypes=("int32",))
+    checks.shape(name, value, (b,), axes="b", remedy="give one number per sequence")
 
 
 def chunks_of(s: int, most: int | None = None) -> tuple[int, int]:
@@ -193,6 +200,7 @@ def plan(
       TypeError, ValueError: an argument has the wrong type or value.
     """
     s = checks.integer("s", s, minimum=1)
+    checks.array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
     lengths, (_, width) = chunk_lengths(cache_seqlens, s), chunks_of(s)
     rows = width * num_heads
     if mesh is None:
@@ -330,10 +338,13 @@ class MLAAttention(nnx.Module):
           y `[b, s, hidden_size]` and the cache.
 
         Raises:
-          TypeError, ValueError: x is empty; or from `attention`, about table, lengths and cache.
+          TypeError, ValueError: x is empty, or an argument has the wrong type, dtype or shape.
         """
         not_empty("x", x, "b, s, hidden_size")
         b, s, _ = x.shape
+        check_lengths("cache_seqlens", cache_seqlens, b)
+        if num_new is not None:
+            check_lengths("num_new", num_new, b)
         positions = token_positions(cache_seqlens, s)
         q = self._absorbed(*self._queries(self._compressed(x), positions))
         # A table shared by sequences is the caller's business: rows are written where it says.
@@ -365,6 +376,7 @@ class MLAAttention(nnx.Module):
     @on_mesh("x")
     def mha(self, x: jax.Array) -> jax.Array:
         """The same without cache and absorption, for checking: whole sequences `[b, s, hidden_size]`, O(s^2)."""
+        not_empty("x", x, "b, s, hidden_size")
         s = x.shape[1]
         positions = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), x.shape[:2])
         compressed = self._compressed(x)

@@ -21,6 +21,7 @@ from .mla import (
     MLAAttention,
     RopeConfig,
     by_chunks,
+    check_lengths,
     linear,
     not_empty,
     precision,
@@ -192,7 +193,7 @@ class DSAIndexer(nnx.Module):
         Raises:
           TypeError, ValueError: an argument has the wrong type, dtype or shape, or cannot be divided.
         """
-        self._check(x, compressed, cache, block_table, cache_seqlens)
+        self._check(x, compressed, cache, block_table, cache_seqlens, num_new)
         positions = token_positions(cache_seqlens, x.shape[1])
         written = write_positions(positions, num_new)
         operands = *self.queries(x, compressed, positions), self.keys(x, positions), positions, written, block_table
@@ -223,7 +224,13 @@ class DSAIndexer(nnx.Module):
         return jnp.einsum("bsht,bsh->bst", products, weights, precision=jax.lax.Precision.HIGHEST)
 
     def _check(
-        self, x: jax.Array, compressed: jax.Array, cache: jax.Array, block_table: jax.Array, cache_seqlens: jax.Array
+        self,
+        x: jax.Array,
+        compressed: jax.Array,
+        cache: jax.Array,
+        block_table: jax.Array,
+        cache_seqlens: jax.Array,
+        num_new: jax.Array | None,
     ) -> None:
         """The widths of x and compressed are left to the projections."""
         not_empty("x", x, "b, s, hidden_size")
@@ -232,8 +239,9 @@ class DSAIndexer(nnx.Module):
         checks.shape("compressed", compressed, (b, s, compressed.shape[-1]), axes="b, s, q_lora_rank", remedy=remedy)
         check_pool("cache", cache, (self.dtype.name,), self.head_dim)
         arguments.block_table(block_table, cache.shape[1], b=b)
-        checks.array("cache_seqlens", cache_seqlens, axes="b", dtypes=("int32",))
-        checks.shape("cache_seqlens", cache_seqlens, (b,), axes="b", remedy="give one length per sequence of x")
+        check_lengths("cache_seqlens", cache_seqlens, b)
+        if num_new is not None:
+            check_lengths("num_new", num_new, b)
         if self.mesh is not None:
             self.mesh.divides("batch", "x", b)
             self.mesh.divides("pages", "cache", cache.shape[0])
@@ -270,7 +278,9 @@ class DSAIndexer(nnx.Module):
         num_pages, page_size = cache.shape[:2]
         max_pages = block_table.shape[1]
         k = min(self.topk, max_pages * page_size)
-        tokens = min(CHUNK_TOKENS, MAX_SCORES // (b * s * self.num_heads), max_pages * page_size)
+        scores = b * s * self.num_heads  # of a key; no number where the batch is symbolic
+        fit = MAX_SCORES // scores if isinstance(scores, int) else CHUNK_TOKENS
+        tokens = min(CHUNK_TOKENS, fit, max_pages * page_size)
         chunk_pages = max(1, tokens // page_size)
         tokens = chunk_pages * page_size
         steps = -(-max_pages // chunk_pages)
