@@ -416,6 +416,15 @@ def test_files_that_are_not_whole_are_refused(change, tmp_path):
         DeepseekForCausalLM.from_pretrained(tmp_path, progress=False)
 
 
+def test_weights_of_another_shape_than_the_configuration_says_are_refused():
+    config = DeepseekConfig.from_hf(nn_checkpoints.CONFIGS["v3"])
+    weight = np.zeros((config.num_attention_heads * 256 + 1, 512), np.float32)
+    with pytest.raises(ValueError, match=r"kv_b_proj.weight must have rows for \d heads, got shape .*num_att"):
+        list(loading.placed("model.layers.0.self_attn.kv_b_proj.weight", weight, config))
+    with pytest.raises(ValueError, match=r"a float8 weight must have two axes, got shape \(128,\)"):
+        loading.dequantize(np.zeros(128, ml_dtypes.float8_e4m3fn), np.ones((1, 1), np.float32))
+
+
 @pytest.mark.parametrize("text, words", [("{}", "must have a weight_map"), ("[]", "must be a JSON object, got list")])
 def test_an_index_that_is_none_is_refused(text, words, tmp_path):
     config = nn_checkpoints.CONFIGS["v2_lite"]

@@ -176,6 +176,18 @@ def test_fp8_cache_is_a_cache_of_rounded_rows(load, monkeypatch):
     assert np.isfinite(logits).all() and difference(logits, "v32") > 100 * TOLERANCE  # loud weights, and other picks
 
 
+def test_export_with_a_symbolic_batch():
+    layer = SparseMLAAttention(32, 2, q_lora_rank=16, index_topk=8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    cache = layer.init_cache(2, page_size=16)
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = (((b, 1, 32), jnp.float32), ((b, 2), jnp.int32), ((b,), jnp.int32))
+    exported = jax.export.export(jax.jit(lambda x, table, lengths: layer(x, cache, table, lengths)[0]))(
+        *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    )
+    operands = jnp.ones((1, 1, 32)), jnp.array([[1, 0]], jnp.int32), jnp.array([20], jnp.int32)
+    np.testing.assert_allclose(exported.call(*operands), layer(operands[0], cache, *operands[1:])[0], atol=1e-6)
+
+
 def test_pages_that_fit(load, monkeypatch):
     """Both pools of all layers; on a mesh, what every device has room for, of all devices with a pool of their own."""
     model, rooms = load("v32"), iter([10**6, 2 * 10**6, 10**6])
@@ -589,9 +601,10 @@ def test_wrong_arguments_are_refused(layer):
         ((x[:, :0], table, lengths), r"x must be \[b, s, hidden_size\] and not empty"),
         ((x, jnp.zeros((2, 1), jnp.int32), lengths), r"block_table must have shape .* \(1, 1\), got \(2, 1\)"),
         ((x, table, jnp.ones(1)), "cache_seqlens must be int32, got float32"),
+        ((x, table, lengths, [1]), "num_new must be an array"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
-            layer(args[0], SparseCache(kv, index_keys), *args[1:])
+            layer(args[0], SparseCache(kv, index_keys), *args[1:3], num_new=args[3] if args[3:] else None)
     with pytest.raises(ValueError, match=r"compressed must have shape .* \(1, 1, 24\), got \(1, 2, 24\)"):
         layer.indexer(x, jnp.ones((1, 2, 24)), index_keys, table, lengths)
     with pytest.raises(NotImplementedError, match="sparse decode takes no plan"):
