@@ -7,7 +7,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import pytest
 
-from jax_flashmla import _native
+from jax_flashmla import _native, reference
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -54,6 +54,15 @@ def programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def small_chunks(programs):
+    """Less padding in the reference, for tests of short sequences: it is most of what they would compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "CHUNK_TOKENS", 64)
+        patch.setattr(reference, "CHUNK_INDICES", 32)
+        yield
+
+
 @pytest.fixture
 def cuda_build(monkeypatch):
     """Lowering for CUDA as on a machine that has the kernels; nothing is compiled or run."""
@@ -83,4 +92,4 @@ def quick_compilation(request):
 
 @pytest.fixture
 def all_optimizations():
-    """For tests that read the compiled program."""
+    """For tests that read the compiled program, or run it very often."""

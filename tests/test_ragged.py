@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from jax_flashmla import mla_ragged_paged_attention, ragged, testing
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 TOKENS, MAX_SEQS, PAGES_PER_SEQ, PAGE, NUM_PAGES = 24, 5, 3, 16, 20
 SCALE = 192**-0.5
 ABSURD = 2147480000
