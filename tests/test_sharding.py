@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 - a table, one line per refusal
 
+import contextlib
 import doctest
 import functools
 import math
@@ -22,6 +23,8 @@ from jax_flashmla.cases import Case
 from jax_flashmla.ops.dense_decode import TARGET as DECODE
 from jax_flashmla.ops.schedule import TARGET as SCHEDULE
 from jax_flashmla.sharding import MLAMesh
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 # Nothing, less than a page, whole pages, around their edges, and more pages than any number of devices.
 LENGTHS = (0, 1, 15, 16, 17, 140, 64, 201)
@@ -99,8 +102,14 @@ def attend_on(mesh, **options):
     return attend
 
 
-def check(mesh, inputs, expected, tolerance=TOLERANCE, **options):
-    got = jax.jit(attend_on(mesh, **options))(*place(mesh, distribute(inputs, mesh)))
+@functools.cache
+def jitted_attend_on(mesh, **options):
+    """One function, so that it is compiled once for a mesh and shapes."""
+    return jax.jit(attend_on(mesh, **options))
+
+
+def check(mesh, inputs, expected, tolerance=TOLERANCE, distributed=None, **options):
+    got = jitted_attend_on(mesh, **options)(*place(mesh, distributed or distribute(inputs, mesh)))
     for name, x, exact in zip(("out", "softmax_lse"), got, expected):
         assert x.sharding.is_equivalent_to(mesh.sharding(name), x.ndim)
         assert testing.max_error(jax.device_get(x), exact) <= tolerance
@@ -130,31 +139,32 @@ def test_without_a_mask(layout):
     check(mesh_of(layout), inputs, expected)
 
 
-@pytest.mark.parametrize("layout", ["batch_heads", "one_axis", "all_roles_8"])
-def test_explicit_axes(layout):
+@pytest.mark.parametrize(
+    "layout, is_set", [("batch_heads", False), ("batch_heads", True), ("one_axis", True), ("all_roles_8", False)]
+)
+def test_explicit_axes(layout, is_set):
     inputs, expected = batch("causal")
     mesh = mesh_of(layout, AxisType.Explicit)
-    check(mesh, inputs, expected, causal=True)
-    with jax.set_mesh(mesh.mesh):
+    with jax.set_mesh(mesh.mesh) if is_set else contextlib.nullcontext():
         check(mesh, inputs, expected, causal=True)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_arrays_that_lie_elsewhere_are_moved(kind):
-    """numpy into a jit; arrays of one device without one."""
+    """numpy into a jit; arrays of one device without one, where the many steps of a context are compiled one by one."""
     inputs, expected = batch("one_token")
     mesh = mesh_of("batch_context", kind)
-    placed = distribute(inputs, mesh)
+    apart = mesh if kind is AxisType.Explicit else mesh_of("batch_heads", kind)
+    without_jit = functools.partial(apart.flash_mla_with_kvcache, head_dim_v=512, causal=True)
     for attend, arrays in (
-        (jax.jit(attend_on(mesh, causal=True)), placed),
-        (functools.partial(mesh.flash_mla_with_kvcache, head_dim_v=512, causal=True), map(jnp.asarray, placed)),
+        (jitted_attend_on(mesh, causal=True), distribute(inputs, mesh)),
+        (without_jit, map(jnp.asarray, distribute(inputs, apart))),
     ):
         out, lse = jax.device_get(attend(*arrays))
         assert testing.max_error(out, expected[0]) <= TOLERANCE and testing.max_error(lse, expected[1]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("pages_per_run", [2, 16])
-@pytest.mark.parametrize("layout", ["context", "batch_one_axis"])
+@pytest.mark.parametrize("layout, pages_per_run", [("batch_one_axis", 2), ("context", 16)])
 def test_runs_of_pages(layout, pages_per_run):
     """With 16 pages a run, the first device of the axis has everything."""
     inputs, expected = batch("causal")
@@ -166,9 +176,14 @@ def test_empty_shards(layout, s_q):
     """No sequence reaches all devices, most reach one, none anything; more query tokens than a page has, or than keys."""
     case = Case("", (0, 0, 3, 16, 0, 20, 1, 33), s_q=s_q, h_q=8, page_size=PAGE, causal=True, dtype="float32")
     inputs = testing.make_inputs(case, max_pages=3)
-    check(mesh_of(layout), inputs, testing.dense_decode_f64(*inputs, causal=True), causal=True)
+    mesh = mesh_of(layout)
+    distributed = distribute(inputs, mesh)
+    check(mesh, inputs, testing.dense_decode_f64(*inputs, causal=True), distributed=distributed, causal=True)
     nothing = inputs._replace(cache_seqlens=np.zeros(8, np.int32))
-    check(mesh_of(layout), nothing, testing.dense_decode_f64(*nothing, causal=True), causal=True)
+    distributed = distributed._replace(  # of the same shapes
+        cache_seqlens=nothing.cache_seqlens, k_cache=np.full_like(distributed.k_cache, np.nan)
+    )
+    check(mesh, nothing, testing.dense_decode_f64(*nothing, causal=True), distributed=distributed, causal=True)
 
 
 def test_lengths_beyond_the_table_are_clamped():
@@ -178,7 +193,7 @@ def test_lengths_beyond_the_table_are_clamped():
     expected = testing.dense_decode_f64(*full, causal=True)
     mesh = mesh_of("context")
     placed = distribute(full, mesh)._replace(cache_seqlens=np.full(B, 2**31 - 1, np.int32))
-    out, lse = jax.jit(attend_on(mesh, causal=True))(*place(mesh, placed))
+    out, lse = jitted_attend_on(mesh, causal=True)(*place(mesh, placed))
     assert testing.max_error(out, expected[0]) <= TOLERANCE and testing.max_error(lse, expected[1]) <= TOLERANCE
 
 
@@ -213,11 +228,13 @@ def test_half_precision(layout):
     check(mesh_of(layout), inputs, expected, tolerance=4 * 2.0**-7, causal=True)
 
 
-@pytest.mark.parametrize("layout", ["batch_heads", "context", "all_roles_8"])
-def test_plans_are_those_of_each_device(layout):
+@pytest.mark.parametrize("layout, jit", [("batch_heads", lambda f: f), ("context", jax.jit), ("all_roles_8", jax.jit)])
+def test_plans_are_those_of_each_device(layout, jit):
     """The reference needs no plan: every device's is compared with the one for the lengths that it must be for."""
     mesh, lengths, s_q = mesh_of(layout), np.array(LENGTHS, np.int32), 3
-    plan = jax.device_get(mesh.get_mla_metadata(lengths, s_q * H_Q, 1, s_q=s_q, page_size=PAGE))
+    options = {"num_q_tokens_per_head_k": s_q * H_Q, "num_heads_k": 1, "s_q": s_q, "page_size": PAGE}
+    plan = jax.device_get(jit(functools.partial(mesh.get_mla_metadata, **options))(lengths))
+    expected_of = jax.jit(functools.partial(get_mla_metadata, num_heads_k=1), static_argnums=1)
     per_batch, shards = B // mesh.size("batch"), mesh.size("context")
     for device, (metadata, splits) in enumerate(zip(*(np.split(x, mesh.size("pages")) for x in plan))):
         first, shard = device // shards * per_batch, device % shards
@@ -226,7 +243,7 @@ def test_plans_are_those_of_each_device(layout):
             # Whole pages of what the first query token sees.
             seen = [[p for p in range(max(n - s_q + 1, 0)) if p // PAGE % shards == shard] for n in local]
             local = np.array([len(keys) // PAGE * PAGE for keys in seen], np.int32)
-        expected = get_mla_metadata(local, s_q * H_Q // mesh.size("heads"), 1)
+        expected = expected_of(local, s_q * H_Q // mesh.size("heads"))
         np.testing.assert_array_equal(metadata, expected[0])
         np.testing.assert_array_equal(splits, expected[1])
 
@@ -366,21 +383,28 @@ def test_a_decode_loop():
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", ["heads", "one_axis", "heads_context"])
-def test_gradient_through_the_reference(layout):
-    """Of queries and of the cache: sums over the devices that share them, around branches that some do not take."""
+WEIGHTS = np.random.default_rng(1).standard_normal((4, 2, 4, 512), np.float32)
+BY_REFERENCE = {"causal": True, "implementation": "xla"}
+
+
+def gradients(attend, q, cache, *args):
+    f = jax.jit(jax.grad(lambda *x: (attend(*x, *args)[0] * WEIGHTS).sum(), (0, 1)))
+    return jax.device_get(f(q, jax.device_put(np.nan_to_num(cache), getattr(cache, "sharding", None))))
+
+
+@pytest.fixture(scope="module")
+def one_device_gradients():
     case = Case("", (0, 17, 40, 70), s_q=2, h_q=4, page_size=PAGE, causal=True, dtype="float32")
-    inputs, mesh = testing.make_inputs(case, max_pages=5), mesh_of(layout)
-    weights = np.random.default_rng(1).standard_normal((4, 2, 4, 512), np.float32)
-    options = {"causal": True, "implementation": "xla"}
+    inputs = testing.make_inputs(case, max_pages=5)
+    return inputs, gradients(functools.partial(flash_mla_with_kvcache, head_dim_v=512, **BY_REFERENCE), *inputs)
 
-    def gradients(attend, q, cache, *args):
-        return jax.jit(jax.grad(lambda *x: (attend(*x, *args)[0] * weights).sum(), (0, 1)))(q, jnp.nan_to_num(cache))
 
-    attend_one = functools.partial(flash_mla_with_kvcache, head_dim_v=512, **options)
+@pytest.mark.parametrize("layout", ["heads", "one_axis", "heads_context"])
+def test_gradient_through_the_reference(layout, one_device_gradients):
+    """Of queries and of the cache: sums over the devices that share them, around branches that some do not take."""
+    (inputs, expected), mesh = one_device_gradients, mesh_of(layout)
     placed = distribute(inputs, mesh)
-    expected = jax.device_get(gradients(attend_one, *inputs))
-    got = jax.device_get(gradients(attend_on(mesh, **options), *place(mesh, placed)))
+    got = gradients(attend_on(mesh, **BY_REFERENCE), *place(mesh, placed))
     local, tolerance = len(placed.k_cache) // mesh.size("pages"), 1e-5 * max(np.abs(x).max() for x in expected)
     np.testing.assert_allclose(got[0], expected[0], atol=tolerance)
     for i, length in enumerate(inputs.cache_seqlens):
@@ -404,7 +428,7 @@ def test_sparse(layout):
 
     own = np.arange(B, dtype=np.int32)[:, None, None] // (B // shards) * pages * PAGE
     shifted = np.where(indices >= 0, indices + own, -1)
-    expected = attend(flash_mla_with_kvcache, q, cache, shifted, sink, lengths)
+    expected = jax.jit(functools.partial(attend, flash_mla_with_kvcache))(q, cache, shifted, sink, lengths)
     got = jax.jit(functools.partial(attend, mesh.flash_mla_with_kvcache))(q, cache, indices, sink, lengths)
     for x, y in zip(got, expected):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=TOLERANCE)
@@ -420,7 +444,7 @@ def test_another_attention():
         return flash_mla_with_kvcache(q, *args, **kwargs)
 
     call = functools.partial(mesh.shard(attention), softmax_scale=None, causal=True)
-    out, _ = call(*distribute(inputs, mesh), 512)
+    out, _ = jax.jit(lambda *arrays: call(*arrays, 512))(*distribute(inputs, mesh))
     assert testing.max_error(out, expected[0]) <= TOLERANCE and seen == [((4, 1, 4, 576), 4, None)]
 
 
