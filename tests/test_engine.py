@@ -22,6 +22,8 @@ from jax_flashmla import flash_mla_with_kvcache  # noqa: E402
 from jax_flashmla.nn import DeepseekConfig, DeepseekForCausalLM, Engine, engine, sample, sampling  # noqa: E402
 from jax_flashmla.sharding import MLAMesh  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 VOCAB, PAGE = 61, 16
 CONFIG = dataclasses.replace(
     DeepseekConfig.v2_lite(),
@@ -175,6 +177,7 @@ seen = collections.Counter()
 
 
 @plain_and_fp8
+@pytest.mark.usefixtures("all_optimizations")  # programs that run thousands of times, here and in the tests below
 def test_batched_output_is_one_by_one_output_bit_for_bit(probed, caches):
     """Whatever runs beside a request, whenever it comes, however few pages there are, whoever is cancelled."""
     seen.clear()

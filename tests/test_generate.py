@@ -16,6 +16,8 @@ nnx = pytest.importorskip("flax.nnx")
 from jax_flashmla import generate  # noqa: E402
 from jax_flashmla.nn import DeepseekForCausalLM, deepseek  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
 SHORT = ["--dtype", "float32", "--max-new-tokens", "6", "--page-size", "16"]
 
@@ -120,7 +122,8 @@ def test_text_that_ends_inside_a_character_is_shown(tmp_path):
 def test_without_a_model_it_says_so(tmp_path):
     """As a user calls it: the module's own imports, streams and exit code."""
     root = Path(generate.__file__).resolve().parent.parent
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in the other tests
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), **quick}
     command = [sys.executable, "-P", "-m", "jax_flashmla.generate", *SHORT, "--temperature", "1", "--top-p", "0.9"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
     assert "tiny random one" in result.stderr and "decode 6 tokens" in result.stderr
