@@ -135,27 +135,41 @@ def problem(format, *, b=2, s_q=1, h_q=3, topk=40, num_pages=6, page_size=16, le
     return q, cache, keys, indices, lengths
 
 
+STATIC = "head_dim_v", "is_fp8_kvcache", "softmax_scale", "implementation"
+jitted = jax.jit(flash_mla_with_kvcache, static_argnames=STATIC)
+
+
 def decode(q, cache, indices, **kwargs):
     is_fp8 = cache.dtype.itemsize == 1
-    return flash_mla_with_kvcache(q, cache, None, None, 512, is_fp8_kvcache=is_fp8, indices=indices, **kwargs)
+    return jitted(q, cache, None, None, head_dim_v=512, is_fp8_kvcache=is_fp8, indices=indices, **kwargs)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    format=st.sampled_from(list(FORMATS)),
-    b=st.integers(1, 4),
-    s_q=st.integers(1, 3),
-    h_q=st.sampled_from([1, 2, 5, 16, 20]),
-    topk=st.sampled_from([1, 2, 63, 127, 128, 129, 300]),
-    num_pages=st.integers(1, 9),
-    page_size=st.sampled_from([1, 2, 16, 61, 64, 69]),
-    with_lengths=st.booleans(),
-    sink=st.booleans(),
-    extra_topk=st.sampled_from([0, 1, 64, 130]),
-    scale=st.sampled_from([None, 0.0, 0.05]),
-    seed=st.integers(0, 10**6),
-)
-def test_drawn(format, b, s_q, h_q, topk, num_pages, page_size, with_lengths, sink, extra_topk, scale, seed):
+# Each is compiled: every format twice, and every number beside as many others as there is room for.
+SHAPES = [
+    # format, b, s_q, h_q, topk, num_pages, page_size, with_lengths, sink, extra_topk, scale
+    ("fp8_v32", 4, 1, 5, 300, 6, 61, True, True, 64, None),
+    ("bf16", 1, 1, 1, 300, 9, 64, True, True, 0, None),
+    ("bf16", 4, 2, 20, 127, 3, 1, False, False, 130, 0.05),
+    ("f16", 2, 3, 16, 128, 5, 69, True, False, 64, None),
+    ("f16", 3, 1, 2, 1, 1, 2, False, True, 0, 0.0),
+    ("f32", 3, 2, 5, 129, 2, 61, False, True, 1, None),
+    ("f32", 1, 3, 20, 63, 7, 16, True, False, 0, 0.05),
+    ("bf16_512", 2, 1, 16, 129, 4, 16, True, True, 130, 0.05),
+    ("bf16_512", 4, 3, 1, 2, 8, 69, False, False, 0, None),
+    ("fp8_v32", 1, 2, 16, 63, 9, 2, False, False, 0, 0.05),
+    ("fp8_v32", 2, 3, 20, 2, 1, 1, True, False, 1, 0.0),
+    ("fp8_v4", 3, 1, 20, 128, 2, 64, True, False, 130, None),
+    ("fp8_v4", 2, 2, 1, 129, 3, 69, False, True, 0, 0.05),
+    ("fp8_v4_padded", 1, 3, 2, 300, 7, 61, True, True, 1, None),
+    ("fp8_v4_padded", 4, 1, 16, 127, 5, 1, False, False, 64, 0.0),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6))
+def test_drawn(shape, seed):
+    format, b, s_q, h_q, topk, num_pages, page_size, with_lengths, sink, extra_topk, scale = shape
     rng = np.random.default_rng(seed)
 
     def drawn_lengths(n):
@@ -201,7 +215,7 @@ def test_rows_without_a_key(format):
         empty = np.array([[True, True], [False, True], [True, True]])
         np.testing.assert_array_equal(np.isneginf(lse), np.broadcast_to(empty[:, None], lse.shape))
         assert (out[empty] == 0).all() and np.isfinite(lse[1, :, 0]).all()
-    everything = decode(q, cache, np.full_like(indices, -1))
+    everything = decode(q, cache, np.full_like(indices, -1), topk_length=np.full_like(lengths, 40))
     assert (np.asarray(everything[0]) == 0).all() and np.isneginf(everything[1]).all()
 
 
@@ -228,15 +242,22 @@ def test_equals_dense_decode_of_the_same_keys(format):
     cache = kvcache.init_kv_cache(4, name, page_size=16, padded=padded, head_dim=None if name[:3] == "fp8" else d)
     keys = rng.standard_normal((42, d)).astype(np.float32)
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-    slots = kvcache.slot_mapping(positions, np.repeat(np.arange(2, dtype=np.int32), lengths), table, page_size=16)
-    cache = kvcache.append_kv_cache(cache, keys[:, :-64], keys[:, -64:], slots, format=name)
-    dtype = jnp.float16 if name == "f16" else jnp.bfloat16
-    q = jnp.asarray(rng.standard_normal((2, 1, 4, d)), dtype)
+    q = rng.standard_normal((2, 1, 4, d)).astype(np.float16 if name == "f16" else BF16)
     ids = np.broadcast_to(np.arange(48, dtype=np.int32), (2, 1, 48))
-    indices = kvcache.topk_to_slots(ids, table, lengths, page_size=16)
-    got = decode(q, cache, indices)
-    rows = kvcache.gather_kv_cache(cache, table, lengths, total=42, format=name)
-    dense = jnp.zeros((64, d), dtype).at[slots].set(rows).reshape(4, 16, 1, d)
+
+    @jax.jit
+    def through_the_cache(cache, keys):
+        sequences = jnp.repeat(jnp.arange(2, dtype=jnp.int32), lengths, total_repeat_length=42)
+        slots = kvcache.slot_mapping(positions, sequences, table, page_size=16)
+        cache = kvcache.append_kv_cache(cache, keys[:, :-64], keys[:, -64:], slots, format=name)
+        indices = kvcache.topk_to_slots(ids, table, lengths, page_size=16)
+        rows = kvcache.gather_kv_cache(cache, table, lengths, total=42, format=name)
+        return decode(q, cache, indices), slots, rows
+
+    got, slots, rows = jax.device_get(through_the_cache(cache, keys))
+    dense = np.zeros((64, d), q.dtype)
+    dense[slots] = rows
+    dense = dense.reshape(4, 16, 1, d)
     exact = testing.dense_decode_f64(q, dense, table, lengths)
     check(got, exact)
     check(flash_mla_with_kvcache(q, dense, table, lengths, 512), exact)
@@ -268,9 +289,9 @@ def test_gradients(format):
         return out.astype(jnp.float32).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
 
     if format == "fp8_v32":
-        assert np.isfinite(np.float32(jax.grad(loss)(q, cache))).all()
+        assert np.isfinite(np.float32(jax.jit(jax.grad(loss))(q, cache))).all()
         return
-    d_q, d_cache = jax.grad(loss, argnums=(0, 1))(q, cache)
+    d_q, d_cache = jax.jit(jax.grad(loss, argnums=(0, 1)))(q, cache)
     named = np.unique(indices[(indices >= 0) & (indices < len(keys))])
     touched = np.flatnonzero(np.float32(d_cache).reshape(len(keys), -1).any(axis=1))
     assert np.isfinite(np.float32(d_q)).all() and np.isfinite(np.float32(d_cache)).all()
@@ -306,16 +327,17 @@ def test_the_op_machinery_folds_vmapped_axes_into_b():
 
     sink = np.array([0, 1, -np.inf], np.float32)
     expected = decode(q, cache, indices, topk_length=lengths, attn_sink=sink, softmax_scale=0.05)
-    for x, y in zip(jax.jit(bound)(q, indices, lengths, sink), expected):
+    jitted_bound = jax.jit(bound)
+    for x, y in zip(jitted_bound(q, indices, lengths, sink), expected):
         np.testing.assert_allclose(
             np.float32(x), np.float32(y), rtol=2**-7
         )  # one bfloat16 step: XLA may fuse otherwise
     rolled = np.stack([q, q[::-1]]), np.stack([indices, indices[::-1]]), np.stack([lengths, lengths[::-1]])
     for axes in ((0, 0, 0, None), (0, None, None, None), (None, 0, 0, None)):
         args = [x if a == 0 else x[0] for x, a in zip(rolled, axes)]
-        got = jax.vmap(bound, in_axes=axes)(*args, sink)
+        got = jax.jit(jax.vmap(bound, in_axes=axes))(*args, sink)
         for e in range(2):
-            one = bound(*(x[e] if a == 0 else x for x, a in zip(args, axes)), sink)
+            one = jitted_bound(*(x[e] if a == 0 else x for x, a in zip(args, axes)), sink)
             for x, y in zip(got, one):
                 np.testing.assert_allclose(np.float32(x[e]), np.float32(y), rtol=2**-7)
     with pytest.raises(ValueError, match=r"attn_sink cannot be mapped by vmap, got a mapped axis of size 2"):
@@ -343,7 +365,7 @@ def test_vmap_over_pools():
     q, cache, _, indices, _ = problem("fp8_v32")
     other = problem("fp8_v32", seed=1)
     caches, many = np.stack([cache, other[1]]), np.stack([indices, other[3]])
-    got = jax.vmap(functools.partial(decode, implementation="xla"), in_axes=(None, 0, 0))(q, caches, many)
+    got = jax.jit(jax.vmap(functools.partial(decode, implementation="xla"), in_axes=(None, 0, 0)))(q, caches, many)
     for e in range(2):
         for x, y in zip(got, decode(q, caches[e], many[e])):
             np.testing.assert_allclose(np.float32(x[e]), np.float32(y), rtol=2**-7, atol=2**-9)
@@ -387,7 +409,7 @@ def test_an_empty_side_has_no_gradient():
     def total(lse_a, out_b, lse_b):
         return merge_attention_states(jnp.full_like(out_b, jnp.nan), lse_a, out_b, lse_b)[0].sum()
 
-    gradients = jax.grad(total, argnums=(0, 1, 2))(empty, out_b, lse_b)
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(empty, out_b, lse_b)
     assert [np.asarray(x).tolist() for x in gradients] == [
         np.zeros_like(empty).tolist(), np.ones_like(out_b).tolist(), np.zeros_like(lse_b).tolist()
     ]  # fmt: skip
