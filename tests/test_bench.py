@@ -1,6 +1,7 @@
 """python -m jax_flashmla.bench: its arithmetic, its tables, and the whole code path on the CPU with tiny cases."""
 
 import contextlib
+import functools
 import itertools
 import os
 import subprocess
@@ -377,11 +378,22 @@ class FakeTorch(types.ModuleType):
         return np.empty(size)
 
 
+# Without jit every call compiles the steps of the reference again.
+dense, sparse, prefill = (
+    jax.jit(functools.partial(f, implementation="xla"), static_argnames=static)
+    for f, static in (
+        (flash_mla_with_kvcache, ("head_dim_v", "softmax_scale", "causal")),
+        (flash_mla_with_kvcache, ("head_dim_v", "is_fp8_kvcache")),
+        (flash_mla_sparse_fwd, "sm_scale"),
+    )
+)
+
+
 def attend(q, pool, table, lengths, scale, causal):
     if Graph.recording:
         Graph.recording.calls += 1
     arrays = [jnp.asarray(np.asarray(x)) for x in (q, pool, table, lengths)]
-    out = flash_mla_with_kvcache(*arrays, 512, softmax_scale=scale, causal=causal, implementation="xla")[0]
+    out = dense(*arrays, head_dim_v=512, softmax_scale=scale, causal=causal)[0]
     return np.asarray(out).view(Tensor)
 
 
@@ -389,7 +401,7 @@ def attend_sparse(f, *args, **kwargs):
     if Graph.recording:
         Graph.recording.calls += 1
     to_jax = lambda x: jnp.asarray(np.asarray(x)) if isinstance(x, np.ndarray) else x  # noqa: E731
-    out = f(*map(to_jax, args), **{name: to_jax(x) for name, x in kwargs.items()}, implementation="xla")[0]
+    out = f(*map(to_jax, args), **{name: to_jax(x) for name, x in kwargs.items()})[0]
     return np.asarray(out).view(Tensor)
 
 
@@ -410,14 +422,14 @@ def fake_flashmla(torch, tmp_path):
             None,
         )
         assert pool.dtype == jnp.float8_e4m3fn and lengths is sink is None
-        out = attend_sparse(flash_mla_with_kvcache, q, pool, None, None, 512, is_fp8_kvcache=True, indices=indices)
+        out = attend_sparse(sparse, q, pool, None, None, head_dim_v=512, is_fp8_kvcache=True, indices=indices)
         return out, None, "plan", "splits"
 
     def sparse_prefill_fwd(q, kv, indices, scale, d_v, sink, lengths, *flag):
         if flag and not torch.has_flag:
             raise RuntimeError("sparse_prefill_fwd() expected at most 7 argument(s)")
         assert d_v == 512 and sink is lengths is None and flag in ((), (False,))
-        return attend_sparse(flash_mla_sparse_fwd, q, kv, indices, scale), None, None
+        return attend_sparse(prefill, q, kv, indices, sm_scale=scale), None, None
 
     torch.ops.flash_mla_legacy = types.SimpleNamespace(
         dense_decode_fwd=dense_decode_fwd, sparse_decode_fwd=sparse_decode_fwd, sparse_prefill_fwd=sparse_prefill_fwd
