@@ -30,6 +30,8 @@ from jax_flashmla.ops.dense_decode import batch as fold_decode
 from jax_flashmla.ops.gather import batch as fold_gather
 from jax_flashmla.ops.schedule import TARGET as SCHEDULE
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 CASE = Case("transforms", (70, 0, 129, 64), s_q=2, h_q=8, causal=True)
 INPUTS = tuple(map(np.asarray, testing.make_inputs(CASE, max_pages=4)))
 Q, POOL, TABLE, LENGTHS = INPUTS
@@ -129,9 +131,9 @@ def test_eval_shape(name):
 def test_vmap_and_vmap_of_vmap(name):
     f, args = EXAMPLES[name]
     # Element e sees the batch rolled by e, and so must give the results rolled by e.
-    rolled = [jnp.stack([jnp.roll(x, e, axis=0) for e in range(6)]) for x in args]
+    rolled = [np.stack([np.roll(x, e, axis=0) for e in range(6)]) for x in args]
     expected = [f(*(x[e] for x in rolled)) for e in range(6)]
-    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *expected)
+    expected = jax.tree.map(lambda *xs: np.stack(xs), *expected)
     assert_same(jax.vmap(f)(*rolled), expected)
     nested = [x.reshape(2, 3, *x.shape[1:]) for x in rolled]
     assert_same(jax.vmap(jax.vmap(f))(*nested), jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), expected))
@@ -148,8 +150,8 @@ def test_vmap_of_nothing(name):
 def test_vmap_without_rows_or_sequences():
     tables, lengths = (np.stack([x, x]) for x in (TABLE, LENGTHS))
     read = functools.partial(kvcache.gather_kv_cache, POOL, total=0, format="bf16")
-    assert jax.vmap(read)(tables, lengths).shape == (2, 0, 576)
-    metadata, num_splits = jax.vmap(plan)(lengths[:, :0])
+    assert jax.jit(jax.vmap(read))(tables, lengths).shape == (2, 0, 576)
+    metadata, num_splits = jax.jit(jax.vmap(plan))(lengths[:, :0])
     assert metadata.shape[0] == 2 and num_splits.tolist() == [[0], [0]]
 
 
@@ -259,7 +261,7 @@ def folded_operands(lengths, metadata, num_splits, share_plan=False):
 def test_vmap_folds_the_plan(share_plan, batch_invariant):
     lengths = jnp.array([[5000, 0, 300], [64, 9000, 1], [0, 0, 70000]], jnp.int32)
     n, b = lengths.shape
-    plans = jax.vmap(functools.partial(plan, batch_invariant=batch_invariant))(lengths)
+    plans = jax.jit(jax.vmap(functools.partial(plan, batch_invariant=batch_invariant)))(lengths)
     metadata, num_splits = jax.tree.map(lambda x: x[0], plans) if share_plan else plans
     q, _, table, folded_lengths, folded, folded_splits = folded_operands(lengths, metadata, num_splits, share_plan)
     assert q.shape[0] == table.shape[0] == n * b
@@ -391,7 +393,7 @@ def test_forward_only():
         jax.grad(jax.jit(jax.checkpoint(loss)))(Q)
     weighted = lambda w: (w * loss(jax.lax.stop_gradient(Q))).sum()  # noqa: E731
     assert jax.grad(weighted)(jnp.ones(())) == loss(Q)
-    assert np.isfinite(np.float32(jax.grad(functools.partial(loss, implementation="xla"))(Q))).all()
+    assert np.isfinite(np.float32(jax.jit(jax.grad(functools.partial(loss, implementation="xla")))(Q))).all()
 
 
 def test_plan_is_constant_under_grad():
