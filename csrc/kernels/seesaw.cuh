@@ -10,8 +10,9 @@
 //
 // Probabilities are handed over in two halves of 32 tokens, each with its own barrier, so that products start behind half a softmax.
 //
-// Shared memory (232,448 bytes, all there is): two K slots as large as nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums, barriers. The
-// rope part of Q (a 64x64 tile) lives in registers of both warpgroups: it would not fit. Registers: 224 (O 128, S 32, P 16, rope 16), producer 56.
+// Shared memory (232,448 bytes, all there is): two K slots as large as nine 64x64 sub-tiles, Q without rope (eight), P0, P1, reference maxima, row sums,
+// barriers. The rope part of Q (a 64x64 tile) lives in registers of both warpgroups: it would not fit. Registers: 224 (O 128, S 32, P 16, rope 16),
+// producer 56.
 //
 // V is the first 512 columns of K, read M-major out of the same bytes: the left half of a slot feeds warpgroup 0, the right half warpgroup 1.
 #pragma once
