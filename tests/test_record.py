@@ -206,12 +206,18 @@ def test_a_call_that_launches_nothing_is_captured(xla):
     assert xla.events == [("capture",)] and xla.num_commands.value == 0
 
 
+def test_a_cache_that_must_be_copied_first_is_captured(xla):
+    _, record = xla.handlers[ops.append.target]
+    operands, ((shape, dtype, _),) = append_operands(100)
+    assert not xla.record(record, operands, [(shape, dtype, 0x9000)])
+    assert xla.events == [("capture",)] and xla.num_commands.value == 0
+
+
 def test_errors_of_a_handler_are_those_of_the_stage(xla):
     _, record = xla.handlers[ops.append.target]
-    operands, results = append_operands(100)
-    (shape, dtype, _) = results[0]
-    assert xla.record(record, operands, [(shape, dtype, 0x9000)])
-    assert "append: the result must be the cache, in place" in xla.errors[0] and not xla.events
+    operands, ((shape, dtype, address),) = append_operands(100)
+    assert xla.record(record, operands, [((shape[0] + 1, *shape[1:]), dtype, address)])
+    assert "append: the result must be as large as the cache" in xla.errors[0] and not xla.events
     assert not xla.record(record, *append_operands(100))  # and the next one records
 
 
