@@ -60,13 +60,13 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
                                         Storage<Tr>& smem, int warp, int lane) {
   cutlass::arch::warpgroup_reg_dealloc<Tr::kProducerRegisters>();
   const int slot = warp >> 1, half = warp & 1;
-  const bool own = slot == half;                      // the output half of the warpgroup that computes this slot's scores; takes the rope sub-tile too
+  const bool last = half == 1;                        // the half that scores take last; takes the rope sub-tile, too, which comes behind it
   const int tokens = min(p.page_size, kBlockTokens);  // a copy stays within a page
   if (warp == 0 && lane < 2 * Tr::kFullBarriers) barrier_init((&smem.k_full[0][0])[lane], 1);
   if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
   if (warp == 2 && lane == 0) barrier_init(smem.q_full, 4);
   if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
-  if (lane == 0) tma_prefetch_map(own ? k_map : q_map);
+  if (lane == 0) tma_prefetch_map(last ? k_map : q_map);
   barrier_init_fence();
   Part part;
   const Cta cta{p, part};
@@ -99,11 +99,11 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
     for (int block = w.begin + slot; block < w.end; block += 2) {
       barrier_wait(smem.k_empty[slot][half], k_phase);
       k_phase ^= 1;
-      if (own) smem.valid[slot] = pages.valid_groups;  // published by the barriers below
+      if (last) smem.valid[slot] = pages.valid_groups;  // published by the barriers below
       const int t = cta.kv_head() * Tr::kSubTiles;
       load_k<Tr::kHalf>(k_map, smem.k_full[slot][half], smem.k[slot][half * Tr::kHalf], p, pages, block, tokens, t + half * Tr::kHalf);
       if constexpr (Tr::kRope)
-        if (own) load_k<1>(rope_map, smem.k_full[slot][2], smem.k[slot][2 * Tr::kHalf], p, pages, block, tokens, t + 2 * Tr::kHalf);
+        if (last) load_k<1>(rope_map, smem.k_full[slot][2], smem.k[slot][2 * Tr::kHalf], p, pages, block, tokens, t + 2 * Tr::kHalf);
       if (block + 2 < w.end) pages = load_pages(p, w, block + 2, tokens);
     }
   }

@@ -47,10 +47,11 @@ struct Traits {
   using T = T_;
   static constexpr bool kGathered = kKeys != Keys::kPaged, kConverted = kKeys >= Keys::kConverted, kAsked = kKeys == Keys::kConverted, kPrefill = kPrefill_;
   using Valid = std::conditional_t<kGathered, uint64_t, uint32_t>;
+  static constexpr bool kEarlyTurns = !kGathered;  // keys that are gathered were timed only with turns that end with their products
   static constexpr int kComputeRegisters = kConverted ? 208 : 224, kProducerRegisters = kConverted ? 88 : 56;
-  static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);  // what the CTA is given; asking for more waits for ever
-  static constexpr bool kRope = kDqk > kDv;
-  static constexpr int kCodes = kDqk - 64;  // fp8 numbers of a token
+  static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);          // what the CTA is given; asking for more waits for ever
+  static constexpr bool kRope = kDqk > kDv, kRopeLast = kKeys != Keys::kCopied;  // its products are
+  static constexpr int kCodes = kDqk - 64;                                       // fp8 numbers of a token
   static constexpr int kSubTiles = kDqk / 64;
   static constexpr int kHalf = kDv / 2 / 64;                     // sub-tiles of an output half
   static constexpr int kSlotTiles = kConverted ? 9 : kSubTiles;  // rows of fp8 need one to get ready in when d_qk is 512
@@ -75,7 +76,8 @@ enum NamedBarrier {
   kStored,
   kLargestRead,
   kWarpgroup0,
-  kWarpgroup1
+  kWarpgroup1,
+  kLastTurn1
 };
 
 // Where a gathering warp is in its part: the first block of a sequence behind the list that it is in, and the entries of the sequence's two lists.
@@ -105,7 +107,8 @@ static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && si
                   sizeof(Storage<Traits<__half, 576, Keys::kConverted, true>>) <= 232448,
               "the shared memory of an sm_90 CTA");
 
-// S = Q.K of slot kWg, in the order in which the sub-tiles arrive: this warpgroup's own half, rope, the other half; or one after the other.
+// S = Q.K of slot kWg, in the order in which the sub-tiles arrive. Paged: left half, right half, rope, as they are let go of; a sequence that is alone has
+// little to do behind the last of it. Copied: this warpgroup's own half, rope, the other half. Converted: one after the other, as the steps end.
 template <class Tr, int kWg>
 __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const uint32_t (&q_rope)[16], uint32_t phase) {
   using A = Atoms<typename Tr::T>;
@@ -121,9 +124,9 @@ __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const 
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < Tr::kSubTiles; ++i) {
-    const bool rope = Tr::kRope && i == (Tr::kConverted ? Tr::kSubTiles - 1 : Tr::kHalf);
-    const int j = Tr::kRope && !Tr::kConverted && i > Tr::kHalf ? i - 1 : i;
-    const int t = rope ? Tr::kSubTiles - 1 : Tr::kConverted ? (kWg == 0 ? j ^ 6 : j) : (j + kWg * Tr::kHalf) % (2 * Tr::kHalf);
+    const bool rope = Tr::kRope && i == (Tr::kRopeLast ? Tr::kSubTiles - 1 : Tr::kHalf);
+    const int j = Tr::kRope && !Tr::kRopeLast && i > Tr::kHalf ? i - 1 : i;
+    const int t = rope ? Tr::kSubTiles - 1 : Tr::kConverted ? (kWg == 0 ? j ^ 6 : j) : (j + (Tr::kGathered ? kWg * Tr::kHalf : 0)) % (2 * Tr::kHalf);
     if (Tr::barrier_of(t) != waited) {
       waited = Tr::barrier_of(t);
       barrier_wait(smem.k_full[kWg][waited], phase);
@@ -231,13 +234,16 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     for (int r = 0; r < 2; ++r) sum[r] *= factor[r];
   };
 
-  auto follow_maximum = [&] {
-    float top[2];
+  auto find_maxima = [&](float (&top)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top[r] = row_maximum(s, r);
       if (Tr::kPrefill) largest[r] = fmaxf(largest[r], top[r]);
     }
+  };
+  auto follow_maximum = [&] {
+    float top[2];
+    find_maxima(top);
     return update_reference(top, scale_log2, reference, factor);
   };
 
@@ -310,14 +316,17 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     // up on overlapping products across branches. What makes it quick is that the warpgroups stay half a step apart, one in its softmax while the other
     // multiplies: warpgroup 1's scores wait for warpgroup 0's, its softmax for warpgroup 0's probabilities, and slot 0 is let go of as soon as its last
     // reader is through, so that it is full again half a step before slot 1.
+    // A turn is over when its last product is issued (kEarlyTurns): those of the other warpgroup queue behind it, and the tensor cores do not run dry while
+    // the message is on its way. For the same reason warpgroup 1's last product waits for warpgroup 0's, behind which the next pair begins.
     auto step0 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
       scores<Tr, 0>(s, smem, q_rope, k_phase);
       const typename Tr::Valid valid = smem.valid[0];
       k_phase ^= 1;
+      if constexpr (kPair && Tr::kEarlyTurns) named_arrive(kTurn1, kComputeThreads);
       wgmma_wait<0>();
       pin(s);
-      if constexpr (kPair) named_arrive(kTurn1, kComputeThreads);
+      if constexpr (kPair && !Tr::kEarlyTurns) named_arrive(kTurn1, kComputeThreads);
       if (block + 2 >= w.end) release_q();
       mask(block, valid);
       if (follow_maximum()) rescale();
@@ -338,6 +347,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         accumulate<Tr, 0, 0>(o, smem_desc(smem.p[1]), smem, 1);
         named_sync(kP1Ready + 1, kComputeThreads);
         accumulate<Tr, 0, 1>(o, smem_desc(smem.p[1]), smem, 1);
+        if constexpr (Tr::kEarlyTurns) named_arrive(kLastTurn1, kComputeThreads);
         wgmma_wait<0>();
         pin(o);
         arrive(smem.k_empty[1][0]);
@@ -352,20 +362,31 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         valid = smem.valid[1];
         k_phase ^= 1;
       }
+      float top[2];
+      auto take_scores = [&] {
+        pin(s);
+        if (block + 2 >= w.end) release_q();
+        mask(block + 1, valid);
+      };
+      if constexpr (kPair && Tr::kEarlyTurns) {  // P0 comes no sooner than these scores: its stores get through when they have read their last
+        wgmma_wait<0>();
+        take_scores();
+        find_maxima(top);
+      }
       named_sync(kP0Ready, kComputeThreads);
       if (adopt_reference(Wg1{})) {
-        if constexpr (kPair) wgmma_wait<0>();  // without it ptxas puts one here, and complains
+        if constexpr (kPair && !Tr::kEarlyTurns) wgmma_wait<0>();  // without it ptxas puts one here, and complains
         rescale();
       }
       accumulate<Tr, 1, 0>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
       named_sync(kP0Ready + 1, kComputeThreads);
       accumulate<Tr, 1, 1>(o, smem_desc(smem.p[0]), smem, 0);
       if constexpr (kPair) {
-        wgmma_wait<2>();  // the scores; the product goes on behind the softmax
-        pin(s);
-        if (block + 2 >= w.end) release_q();
-        mask(block + 1, valid);
-        if (follow_maximum()) {
+        if constexpr (!Tr::kEarlyTurns) {
+          wgmma_wait<2>();  // the scores; the product goes on behind the softmax
+          take_scores();
+        }
+        if (Tr::kEarlyTurns ? update_reference(top, scale_log2, reference, factor) : follow_maximum()) {
           wgmma_wait<0>();
           rescale();
         }
@@ -377,6 +398,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         arrive(smem.k_empty[0][1]);
         probabilities<T, 1>(s, scale_log2, reference, sum, probs);
         publish(Wg1{}, Second{});
+        if constexpr (Tr::kEarlyTurns) named_sync(kLastTurn1, kComputeThreads);
         accumulate<Tr, 1, 1>(o, probs, smem, 1);
         wgmma_wait<0>();
         pin(o);
