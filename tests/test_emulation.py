@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -103,19 +104,39 @@ class ScheduleParams(ctypes.Structure):
     )
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """The kernels as a host library. Shared memory has no keyword in C++: its declaration becomes a pointer."""
-    build = tmp_path_factory.mktemp("emulation")
+def compile_object(build, source):
+    """Shared memory has no keyword in C++: its declaration becomes a pointer."""
+    include = ["-include", "emulation.h", "-I", str(HERE / "emulation"), "-I", str(build / "csrc")]
+    flags = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-w", "-fPIC", *include]
+    to = build / (source.name + ".o")
+    subprocess.run([COMPILER, *flags, "-x", "c++", "-c", "-o", str(to), str(source)], check=True)
+    return to
+
+
+def prepare(build):
     shutil.copytree(CSRC, build / "csrc", ignore=shutil.ignore_patterns("hopper", "ffi", "module.cc"))
     for file in (build / "csrc").rglob("*.cu*"):
         shared = r"auto* \2 = reinterpret_cast<\1*>(emulation::shared_memory);"
         file.write_text(re.sub(r"extern __shared__ (\w+) (\w+)\[\];", shared, file.read_text()))
-    flags = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-w", "-fPIC", "-include", "emulation.h"]
-    flags += ["-I", str(HERE / "emulation"), "-I", str(build / "csrc")]
-    sources = [str(HERE / "emulation" / "entry.cc"), "-x", "c++", *(str(build / "csrc" / name) for name in SOURCES)]
-    library = build / "emulation.so"
-    subprocess.run([COMPILER, *flags, "-shared", "-o", str(library), *sources], check=True)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    build = tmp_path_factory.mktemp("emulation")
+    prepare(build)
+    sources = [HERE / "emulation" / "entry.cc", *(build / "csrc" / name for name in SOURCES)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(functools.partial(compile_object, build), sources))
+
+
+@pytest.fixture(scope="module")
+def kernels(objects):
+    """The kernels as a host library."""
+    return load(objects, objects[0].parent / "emulation.so")
+
+
+def load(objects, library):
+    subprocess.run([COMPILER, "-shared", "-o", str(library), *map(str, objects)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.emulate_dense_decode.restype = loaded.emulate_schedule.restype = ctypes.c_char_p
     loaded.emulate_combine.restype = loaded.emulate_sparse_decode.restype = ctypes.c_char_p
@@ -594,3 +615,34 @@ def test_append_then_gather(kernels):
     assert kernels.emulate_append(ctypes.byref(params)) is None
     out = emulate_gather(kernels, "bf16", cache, np.array([[[0, 1]]], np.int32), np.array([[100]], np.int32), 100)
     np.testing.assert_array_equal(out.view(np.uint16)[0], rows)
+
+
+# Waits without which keys or scores are used while they are still on their way, or slots refilled while they are read.
+MISTAKES = {
+    "slot refilled under a product": (
+        "wgmma_wait<1>();\n        arrive(smem.k_empty[0][1]);",
+        "arrive(smem.k_empty[0][1]);",
+    ),
+    "scores read too early": ("wgmma_wait<0>();\n        take_scores();", "take_scores();"),
+    "rope not waited for": (
+        "barrier_wait(smem.k_full[kWg][waited], phase);",
+        "if (t < 8) barrier_wait(smem.k_full[kWg][waited], phase);",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_shows_missing_waits(objects, tmp_path, mistake):
+    right, wrong = MISTAKES[mistake]
+    prepare(tmp_path)
+    file = tmp_path / "csrc" / "kernels" / "seesaw.cuh"
+    assert file.read_text().count(right) == 1
+    file.write_text(file.read_text().replace(right, wrong))
+    source = "dense_decode_bf16_576.cu"
+    changed = compile_object(tmp_path, tmp_path / "csrc" / "kernels" / source)
+    others = [x for x in objects if x.name != changed.name]
+    assert len(others) == len(objects) - 1
+    kernels = load([changed, *others], tmp_path / "mistaken.so")
+    with pytest.raises(AssertionError):
+        for _ in range(3):  # what comes when is drawn
+            emulate_decode(kernels, BY_NAME["heads_65"], parts=2)

@@ -1,6 +1,8 @@
-// A CTA on the host: every CUDA thread is a fiber, shared memory is an array, and asynchronous instructions finish at once. With the headers in hopper/ beside
-// it, which stand in for csrc/hopper/, the kernels compile as C++20 and run without a GPU. It shows wrong indices, wrong masks, wrong phases and deadlocks; it
-// cannot show a missing fence or a missing wait for an asynchronous copy or product. A fiber runs until it has to wait; which one goes on then is drawn.
+// A CTA on the host: every CUDA thread is a fiber, and shared memory is an array. With the headers in hopper/ beside it, which stand in for csrc/hopper/, the
+// kernels compile as C++20 and run without a GPU. A fiber runs until it has to wait; which one goes on then is drawn. Asynchronous copies come at once or at
+// any later time, which is drawn too; products read and write at once in some CTAs, and in others when they are waited for and not before. So it
+// shows wrong indices, masks and phases, deadlocks, and missing waits: what is read before it came, or overwritten before it was read. It cannot show a missing
+// fence, nor what two threads do between two waits.
 #pragma once
 #undef _FORTIFY_SOURCE  // knows one stack, and takes a jump to another one for a mistake
 
@@ -14,10 +16,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -115,8 +120,11 @@ struct Warp {
   uint64_t slot[32];
   uint32_t fragment[32][4];
 };
+using Deed = std::function<void()>;
 struct Fiber {
   unsigned thread;
+  std::vector<Deed> copies;                       // asked for, and not waited for
+  std::deque<std::vector<Deed>> products = {{}};  // the same, by group; the last one is not committed
   jmp_buf state;
   bool started = false, done = false;
   bool (*may_go_on)(void*) = nullptr;  // null: it waits for nothing
@@ -126,6 +134,9 @@ struct Cta {
   NamedBarrier named[16];
   std::map<uint32_t, TransactionBarrier> transaction;  // by shared-memory address
   std::vector<Warp> warps;
+  std::vector<Deed> on_the_way;  // copies, to come when they like
+  std::minstd_rand random;
+  bool late_products;
   unsigned threads;
   void (*run)(void*);  // what every thread does
   void* kernel;
@@ -207,36 +218,57 @@ auto together(T value, F f) {
   return result;
 }
 
+// What the copy engine does in its own time.
+inline void at_any_time(Deed deed) {
+  if (cta->random() & 1)
+    deed();
+  else
+    cta->on_the_way.push_back(std::move(deed));
+}
+inline void arrive_one() {
+  auto& waiting = cta->on_the_way;
+  std::swap(waiting[cta->random() % waiting.size()], waiting.back());
+  const Deed deed = std::move(waiting.back());
+  waiting.pop_back();
+  deed();
+}
+
 // One CTA, to its end. In every round each thread that may go on does, in another order each time.
 inline void run_cta() {
   std::vector<Fiber> fibers(cta->threads);
   std::vector<Fiber*> left;
   for (unsigned t = 0; t < cta->threads; ++t) fibers[t].thread = t, left.push_back(&fibers[t]);
-  std::minstd_rand random;
   while (!left.empty()) {
-    std::shuffle(left.begin(), left.end(), random);
+    std::shuffle(left.begin(), left.end(), cta->random);
     bool moved = false;
+    while (!cta->on_the_way.empty() && cta->random() % 4 == 0) arrive_one();
     for (Fiber* fiber : left)
       if (!fiber->may_go_on || fiber->may_go_on(fiber->condition)) moved = true, resume(*fiber);
-    if (!moved) {
+    if (!moved && !cta->on_the_way.empty()) {
+      arrive_one();
+    } else if (!moved) {
       const unsigned thread = left.front()->thread;
       std::fprintf(stderr, "deadlock: thread %u of CTA (%u, %u, %u)\n", thread, blockIdx.x, blockIdx.y, blockIdx.z);
       std::abort();
     }
     std::erase_if(left, [](const Fiber* fiber) { return fiber->done; });
   }
+  if (!cta->on_the_way.empty()) std::fprintf(stderr, "a CTA ended before its copies came\n"), std::abort();
 }
 
 // Shared memory is full of NaN when a CTA starts, and one CTA runs at a time.
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, const Args&... args) {
   auto body = [&] { kernel(args...); };
+  static unsigned ctas = 0;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         Cta state(block.x);
         state.run = [](void* f) { (*static_cast<decltype(body)*>(f))(); };
         state.kernel = &body;
+        state.random.seed(++ctas);
+        state.late_products = state.random() >> 8 & 1;
         cta = &state, blockIdx = dim3(x, y, z), gridDim = grid;
         std::fill_n(reinterpret_cast<uint16_t*>(shared_memory), kSharedBytes / 2, uint16_t(0x7fc0));
         run_cta();

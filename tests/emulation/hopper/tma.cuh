@@ -47,22 +47,24 @@ template <class... Coordinates>
 void tma_load(const CUtensorMap& map, Barrier& bar, void* dst, Coordinates... coordinates) {
   const int64_t start[] = {coordinates...};
   if constexpr (sizeof...(coordinates) == 4) prefetched.erase({int(coordinates)...});
-  uint32_t elements = 1;
-  for (int i = 0; i < map.rank; ++i) elements *= map.box[i];
-  for (uint32_t n = 0; n < elements; ++n) {
-    uint32_t rest = n;
-    int64_t offset = 0;
-    bool inside = true;
-    for (int i = 0; i < map.rank; rest /= map.box[i++]) {
-      const int64_t x = start[i] + rest % map.box[i];
-      inside &= x >= 0 && uint64_t(x) < map.size[i];
-      offset += x * int64_t(map.stride[i]);
+  emulation::at_any_time([&map, &bar, dst, start = std::to_array(start)] {
+    uint32_t elements = 1;
+    for (int i = 0; i < map.rank; ++i) elements *= map.box[i];
+    for (uint32_t n = 0; n < elements; ++n) {
+      uint32_t rest = n;
+      int64_t offset = 0;
+      bool inside = true;
+      for (int i = 0; i < map.rank; rest /= map.box[i++]) {
+        const int64_t x = start[i] + rest % map.box[i];
+        inside &= x >= 0 && uint64_t(x) < map.size[i];
+        offset += x * int64_t(map.stride[i]);
+      }
+      uint16_t value = 0;
+      if (inside) std::memcpy(&value, map.base + offset, 2);
+      std::memcpy(emulation::shared_memory + swizzled(smem_address(dst) + 2 * n), &value, 2);
     }
-    uint16_t value = 0;
-    if (inside) std::memcpy(&value, map.base + offset, 2);
-    std::memcpy(emulation::shared_memory + swizzled(smem_address(dst) + 2 * n), &value, 2);
-  }
-  barrier_complete(bar, 2 * elements);
+    barrier_complete(bar, 2 * elements);
+  });
 }
 inline void tma_prefetch_map(const CUtensorMap&) {}
 

@@ -43,29 +43,43 @@ void multiply(float (&d)[N], uint64_t b, bool accumulate, Row a) {
       }
     }
 }
+inline void issue(emulation::Deed product) {
+  if (emulation::cta->late_products)
+    emulation::cta->running->products.back().push_back(std::move(product));
+  else
+    product();
+}
 template <class A, int N>
 void mma(float (&d)[N], uint64_t a, uint64_t b, bool accumulate = true) {
-  float rows[2][16];
-  for (int r = 0; r < 2; ++r)
-    for (int k = 0; k < 16; ++k) rows[r][k] = operand<A::a>(a, threadIdx.x % 128 / 32 * 16 + emulation::lane() / 4 + 8 * r, k);
-  multiply<A>(d, b, accumulate, rows);
+  issue([&d, a, b, accumulate] {
+    float rows[2][16];
+    for (int r = 0; r < 2; ++r)
+      for (int k = 0; k < 16; ++k) rows[r][k] = operand<A::a>(a, threadIdx.x % 128 / 32 * 16 + emulation::lane() / 4 + 8 * r, k);
+    multiply<A>(d, b, accumulate, rows);
+  });
 }
 template <class A, int N>
 void mma(float (&d)[N], const uint32_t* a, uint64_t b, bool accumulate = true) {
-  auto& w = emulation::warp();
-  std::copy_n(a, 4, w.fragment[emulation::lane()]);
-  emulation::warp_barrier();
-  float rows[2][16];
-  for (int r = 0; r < 2; ++r)
-    for (int k = 0; k < 16; ++k) rows[r][k] = to_float(uint16_t(w.fragment[emulation::lane() / 4 * 4 + k % 8 / 2][r + 2 * (k / 8)] >> 16 * (k % 2)));
-  emulation::warp_barrier();
-  multiply<A>(d, b, accumulate, rows);
+  issue([&d, a, b, accumulate] {
+    auto& w = emulation::warp();
+    std::copy_n(a, 4, w.fragment[emulation::lane()]);
+    emulation::warp_barrier();
+    float rows[2][16];
+    for (int r = 0; r < 2; ++r)
+      for (int k = 0; k < 16; ++k) rows[r][k] = to_float(uint16_t(w.fragment[emulation::lane() / 4 * 4 + k % 8 / 2][r + 2 * (k / 8)] >> 16 * (k % 2)));
+    emulation::warp_barrier();
+    multiply<A>(d, b, accumulate, rows);
+  });
 }
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-template <int>
-void wgmma_wait() {}
+inline void wgmma_commit() { emulation::cta->running->products.emplace_back(); }
+template <int kGroups>
+void wgmma_wait() {
+  auto& groups = emulation::cta->running->products;
+  for (; groups.size() > kGroups + 1; groups.pop_front())
+    for (const auto& product : groups.front()) product();
+}
 template <int N>
 void pin(float (&)[N]) {}
 
