@@ -105,7 +105,6 @@ class ScheduleParams(ctypes.Structure):
 
 
 def compile_object(build, source):
-    """Shared memory has no keyword in C++: its declaration becomes a pointer."""
     include = ["-include", "emulation.h", "-I", str(HERE / "emulation"), "-I", str(build / "csrc")]
     flags = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-w", "-fPIC", *include]
     to = build / (source.name + ".o")
@@ -113,7 +112,8 @@ def compile_object(build, source):
     return to
 
 
-def prepare(build):
+def copy_source(build):
+    """Shared memory has no keyword in C++: its declaration becomes a pointer."""
     shutil.copytree(CSRC, build / "csrc", ignore=shutil.ignore_patterns("hopper", "ffi", "module.cc"))
     for file in (build / "csrc").rglob("*.cu*"):
         shared = r"auto* \2 = reinterpret_cast<\1*>(emulation::shared_memory);"
@@ -123,7 +123,7 @@ def prepare(build):
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
     build = tmp_path_factory.mktemp("emulation")
-    prepare(build)
+    copy_source(build)
     sources = [HERE / "emulation" / "entry.cc", *(build / "csrc" / name for name in SOURCES)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(functools.partial(compile_object, build), sources))
@@ -634,12 +634,12 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_shows_missing_waits(objects, tmp_path, mistake):
     right, wrong = MISTAKES[mistake]
-    prepare(tmp_path)
-    file = tmp_path / "csrc" / "kernels" / "seesaw.cuh"
-    assert file.read_text().count(right) == 1
-    file.write_text(file.read_text().replace(right, wrong))
-    source = "dense_decode_bf16_576.cu"
-    changed = compile_object(tmp_path, tmp_path / "csrc" / "kernels" / source)
+    copy_source(tmp_path)
+    folder = tmp_path / "csrc" / "kernels"
+    text = (folder / "seesaw.cuh").read_text()
+    assert text.count(right) == 1
+    (folder / "seesaw.cuh").write_text(text.replace(right, wrong))
+    changed = compile_object(tmp_path, folder / "dense_decode_bf16_576.cu")
     others = [x for x in objects if x.name != changed.name]
     assert len(others) == len(objects) - 1
     kernels = load([changed, *others], tmp_path / "mistaken.so")
