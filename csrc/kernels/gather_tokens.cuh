@@ -100,7 +100,7 @@ class CopyRows {
   __device__ __forceinline__ CopyRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
 
   // A barrier has half of a slot, of which every thread copied a part; behind the first half of a slot valid[] is there, too.
-  static __device__ int arrivals(int slot, int barrier) { return kWarpgroup + (barrier == slot ? 4 : 0); }
+  static __device__ int arrivals(int barrier) { return kWarpgroup + (barrier == 0 ? 4 : 0); }
 
   // Whose entries a lane fetches: eight lanes have all sixteen of the warp.
   static __device__ __forceinline__ int row(int warp, int lane) { return 16 * warp + (lane & 7); }
@@ -112,30 +112,21 @@ class CopyRows {
 
   // Fills a slot with the block before the one that the cursor points to.
   __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase, int) {
-    if (slot == 0)
-      fill<0>(cursor, phase);
-    else
-      fill<1>(cursor, phase);
-  }
-
- private:
-  // The half that is let go of first comes first.
-  template <int kSlot>
-  __device__ __forceinline__ void fill(Cursor<Tr>& cursor, uint32_t phase) {
     const uint32_t valid = valid_;
     const char* row[4] = {row_[0], row_[1], row_[2], row_[3]};
-    barrier_wait(smem_.k_empty[kSlot][kSlot], phase);
+    barrier_wait(smem_.k_empty[slot][0], phase);
     if (lane_again() == 0) {
-      reinterpret_cast<uint16_t*>(&smem_.valid[kSlot])[warp_] = uint16_t(valid);
-      barrier_arrive(smem_.k_full[kSlot][kSlot]);
+      reinterpret_cast<uint16_t*>(&smem_.valid[slot])[warp_] = uint16_t(valid);
+      barrier_arrive(smem_.k_full[slot][0]);
     }
-    copy<kSlot, kSlot>(row);
+    copy<0>(slot, row);
     next(cursor);
-    barrier_wait(smem_.k_empty[kSlot][1 - kSlot], phase);
-    copy<kSlot, 1 - kSlot>(row);
+    barrier_wait(smem_.k_empty[slot][1], phase);
+    copy<1>(slot, row);
     if (p_.prefetch) prefetch();
   }
 
+ private:
   // Starts the next block on its way to L2. The other row tile of a cluster of two brings the same tokens, so each does half of them.
   __device__ __forceinline__ void prefetch() const {
     const int lane = lane_again();
@@ -144,15 +135,15 @@ class CopyRows {
       if ((lane & 7) == 0 && row_[j] && (gridDim.x % 2 != 0 || j % 2 == (blockIdx.x & 1))) prefetch_l2(row_[j], kRowBytes);
   }
 
-  template <int kSlot, int kHalf>
-  __device__ __forceinline__ void copy(const char* const (&row)[4]) const {
+  template <int kHalf>
+  __device__ __forceinline__ void copy(int slot, const char* const (&row)[4]) const {
     const int lane = lane_again();
-    const uint32_t to = smem_address(smem_.k[kSlot][0]) + (16 * warp_ + lane / 8) * 128;
+    const uint32_t to = smem_address(smem_.k[slot][0]) + (16 * warp_ + lane / 8) * 128;
 #pragma unroll
     for (int t = kHalf * Tr::kHalf; t < (kHalf ? Tr::kSubTiles : Tr::kHalf); ++t)
 #pragma unroll
       for (int j = 0; j < 4; ++j) copy_async<16>(to + t * kSubTileBytes + 512 * j + (((lane & 7) ^ (4 * (j & 1) + lane / 8)) << 4), row[j] + t * 128, row[j]);
-    barrier_arrive_behind_copies(smem_.k_full[kSlot][kHalf]);
+    barrier_arrive_behind_copies(smem_.k_full[slot][kHalf]);
   }
 
   // Goes on to the next block: where its tokens are, and the entries of the one behind it.
@@ -178,9 +169,9 @@ class CopyRows {
   Entries entries_;     // of the next block
 };
 
-// Rows of fp8. Their codes come as they are into the half of a slot that is let go of first, and become bfloat16 from there. A warp's sixteen tokens, 512
-// bytes each, fill a sub-tile of that half. 128 columns of bfloat16 fill two sub-tiles of all warps: first those of the other half, then, when no warp has
-// codes in shared memory any more, those of this one.
+// Rows of fp8. Their codes come as they are into the left half of a slot, which is let go of first, and become bfloat16 from there. A warp's sixteen tokens,
+// 512 bytes each, fill a sub-tile of that half. 128 columns of bfloat16 fill two sub-tiles of all warps: first those of the right half, then, when no warp has
+// codes in shared memory any more, those of the left one.
 template <class Tr, KVFormat kFormat, int kAlign>
 class ConvertRows {
   using R = Fp8Layout<kFormat>;
@@ -195,7 +186,7 @@ class ConvertRows {
 
   __device__ __forceinline__ ConvertRows(const SparseDecodeParams& p, Storage<Tr>& smem, int warp) : p_(p), smem_(smem), warp_(warp) {}
 
-  static __device__ int arrivals(int, int) { return 4; }  // of warps
+  static __device__ int arrivals(int) { return 4; }  // of warps
 
   // Whose entries a lane fetches: those of its two tokens.
   static __device__ __forceinline__ int row(int warp, int lane) { return 16 * warp + place(lane / 4); }
@@ -210,7 +201,7 @@ class ConvertRows {
   __device__ __forceinline__ void block(Cursor<Tr>& cursor, int slot, uint32_t phase, int next_slot) {
     const int lane = lane_again();
     const uint32_t valid = __reduce_or_sync(~0u, (row_[0] ? 1u << place(lane / 4) : 0u) | (row_[1] ? 256u << place(lane / 4) : 0u));
-    barrier_wait(smem_.k_empty[slot][slot], phase);
+    barrier_wait(smem_.k_empty[slot][0], phase);
     copy(slot);
     const Fp8Scales scales[2] = {scales_of(scales_[0]), scales_of(scales_[1])};
     const bool exact = __all_sync(~0u, scales[0].exact && scales[1].exact);
@@ -222,7 +213,7 @@ class ConvertRows {
     if (Tr::kAsked) barrier_wait(smem_.k_staged[slot][warp_], phase ^ 1);
     tell(next_slot);  // not earlier: all CTAs start at once, and what they need first would share the memory with what they need next
     if (!Tr::kAsked || kRopeMoves) wait_for_copies(), __syncwarp();
-    barrier_wait(smem_.k_empty[slot][1 - slot], phase);
+    barrier_wait(smem_.k_empty[slot][1], phase);
     if (exact)
       convert<true>(slot, multipliers);
     else
@@ -241,7 +232,7 @@ class ConvertRows {
   }
   // Where the codes of token i are copied to.
   __device__ __forceinline__ uint32_t staged(int lane, int slot, int i) const {
-    return smem_address(smem_.k[slot][Tr::kHalf * slot + warp_]) + (place(lane / 4) + 8 * i) * kStaged;
+    return smem_address(smem_.k[slot][warp_]) + (place(lane / 4) + 8 * i) * kStaged;
   }
 
   // Where token i of the next block is, and how far behind its scales.
@@ -316,18 +307,17 @@ class ConvertRows {
   // kExact: one multiplication by a multiplier does it; else `scales` are as in the cache.
   template <bool kExact>
   __device__ __forceinline__ void convert(int slot, const uint32_t (&scales)[2]) const {
-    const int other = slot == 0 ? 2 : 0;  // 128 columns that the other half has
     Codes a, b;
-    load(a, slot, other);
-    load(b, slot, other + 1);
-    store<kExact>(a, slot, other, scales);
-    load(a, slot, other ^ 2);
-    store<kExact>(b, slot, other + 1, scales);
-    load(b, slot, other + 1 ^ 2);
+    load(a, slot, 2);
+    load(b, slot, 3);
+    store<kExact>(a, slot, 2, scales);
+    load(a, slot, 0);
+    store<kExact>(b, slot, 3, scales);
+    load(b, slot, 1);
     named_sync(kProducersReady, kWarpgroup);
-    store<kExact>(a, slot, other ^ 2, scales);
+    store<kExact>(a, slot, 0, scales);
     wait_for_copies();  // of rope, which scores wait for with the rest
-    store<kExact>(b, slot, other + 1 ^ 2, scales);
+    store<kExact>(b, slot, 1, scales);
   }
 
   __device__ __forceinline__ void load(Codes& codes, int slot, int columns) const {
@@ -401,7 +391,7 @@ template <class Tr, class Producer>
 __device__ __forceinline__ void produce(const CUtensorMap& q_map, const SparseDecodeParams& p, Storage<Tr>& smem, int warp, int lane) {
   cutlass::arch::warpgroup_reg_dealloc<Tr::kProducerRegisters>();
   constexpr int kFull = Tr::kFullBarriers;
-  if (warp == 0 && lane < 2 * kFull) barrier_init((&smem.k_full[0][0])[lane], Producer::arrivals(lane / kFull, lane % kFull));
+  if (warp == 0 && lane < 2 * kFull) barrier_init((&smem.k_full[0][0])[lane], Producer::arrivals(lane % kFull));
   if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
   if (warp == 2 && lane == 0) barrier_init(smem.q_full, 1);
   if (warp == 2 && lane < 2) barrier_init(smem.k_rows[lane], 4);

@@ -47,11 +47,10 @@ struct Traits {
   using T = T_;
   static constexpr bool kGathered = kKeys != Keys::kPaged, kConverted = kKeys >= Keys::kConverted, kAsked = kKeys == Keys::kConverted, kPrefill = kPrefill_;
   using Valid = std::conditional_t<kGathered, uint64_t, uint32_t>;
-  static constexpr bool kEarlyTurns = !kGathered;  // keys that are gathered were timed only with turns that end with their products
   static constexpr int kComputeRegisters = kConverted ? 208 : 224, kProducerRegisters = kConverted ? 88 : 56;
-  static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);          // what the CTA is given; asking for more waits for ever
-  static constexpr bool kRope = kDqk > kDv, kRopeLast = kKeys != Keys::kCopied;  // its products are
-  static constexpr int kCodes = kDqk - 64;                                       // fp8 numbers of a token
+  static_assert(2 * kComputeRegisters + kProducerRegisters == 3 * 168);  // what the CTA is given; asking for more waits for ever
+  static constexpr bool kRope = kDqk > kDv;
+  static constexpr int kCodes = kDqk - 64;  // fp8 numbers of a token
   static constexpr int kSubTiles = kDqk / 64;
   static constexpr int kHalf = kDv / 2 / 64;                     // sub-tiles of an output half
   static constexpr int kSlotTiles = kConverted ? 9 : kSubTiles;  // rows of fp8 need one to get ready in when d_qk is 512
@@ -107,8 +106,7 @@ static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && si
                   sizeof(Storage<Traits<__half, 576, Keys::kConverted, true>>) <= 232448,
               "the shared memory of an sm_90 CTA");
 
-// S = Q.K of slot kWg, in the order in which the sub-tiles arrive. Paged: left half, right half, rope, as they are let go of; a sequence that is alone has
-// little to do behind the last of it. Copied: this warpgroup's own half, rope, the other half. Converted: one after the other, as the steps end.
+// S = Q.K of slot kWg, in the order in which the sub-tiles are let go of, and arrive: left half, right half, rope.
 template <class Tr, int kWg>
 __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const uint32_t (&q_rope)[16], uint32_t phase) {
   using A = Atoms<typename Tr::T>;
@@ -123,10 +121,8 @@ __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const 
   pin(s);
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Tr::kSubTiles; ++i) {
-    const bool rope = Tr::kRope && i == (Tr::kRopeLast ? Tr::kSubTiles - 1 : Tr::kHalf);
-    const int j = Tr::kRope && !Tr::kRopeLast && i > Tr::kHalf ? i - 1 : i;
-    const int t = rope ? Tr::kSubTiles - 1 : Tr::kConverted ? (kWg == 0 ? j ^ 6 : j) : (j + (Tr::kGathered ? kWg * Tr::kHalf : 0)) % (2 * Tr::kHalf);
+  for (int t = 0; t < Tr::kSubTiles; ++t) {
+    const bool rope = Tr::kRope && t == Tr::kSubTiles - 1;
     if (Tr::barrier_of(t) != waited) {
       waited = Tr::barrier_of(t);
       barrier_wait(smem.k_full[kWg][waited], phase);
@@ -139,7 +135,7 @@ __device__ __forceinline__ void scores(float (&s)[32], Storage<Tr>& smem, const 
       if (rope)
         mma<typename A::QkRS>(s, q_rope + 4 * step, b);
       else
-        mma<typename A::QkSS>(s, q + t * (kSubTileBytes >> 4) + 2 * step, b, i + step > 0);
+        mma<typename A::QkSS>(s, q + t * (kSubTileBytes >> 4) + 2 * step, b, t + step > 0);
     }
   }
   wgmma_commit();
@@ -215,12 +211,12 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
   auto ask = [&](int s) {
     if constexpr (Tr::kAsked) {
       barrier_wait(smem.k_rows[s], ask_phase);
-      barrier_wait(smem.k_empty[s][s], ask_phase ^ 1);
+      barrier_wait(smem.k_empty[s][0], ask_phase ^ 1);
       ask_phase ^= 1;
       if (elect()) {
         Barrier& staged = smem.k_staged[s][warp];
         barrier_expect(staged, 16 * Tr::kCodes);
-        const uint32_t to = smem_address(smem.k[s][Tr::kHalf * s + warp]);
+        const uint32_t to = smem_address(smem.k[s][warp]);
 #pragma unroll 4
         for (int i = 0; i < 16; ++i) copy_bulk(to + i * (kSubTileBytes / 16), smem.rows[s][16 * warp + i], Tr::kCodes, staged);
       }
@@ -241,12 +237,6 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       if (Tr::kPrefill) largest[r] = fmaxf(largest[r], top[r]);
     }
   };
-  auto follow_maximum = [&] {
-    float top[2];
-    find_maxima(top);
-    return update_reference(top, scale_log2, reference, factor);
-  };
-
   if (Tr::kAsked && cta.part.begin_seq <= cta.last_seq() && cta.work(cta.part.begin_seq).blocks() > wg) ask(wg);
   if (Tr::kRope && cta.part.begin_seq <= cta.last_seq()) load_rope(q_rope, cta, cta.part.begin_seq, index(0), index(1), lane);
   for (int at = cta.part.begin_seq; at <= cta.last_seq(); ++at) {
@@ -316,20 +306,21 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     // up on overlapping products across branches. What makes it quick is that the warpgroups stay half a step apart, one in its softmax while the other
     // multiplies: warpgroup 1's scores wait for warpgroup 0's, its softmax for warpgroup 0's probabilities, and slot 0 is let go of as soon as its last
     // reader is through, so that it is full again half a step before slot 1.
-    // A turn is over when its last product is issued (kEarlyTurns): those of the other warpgroup queue behind it, and the tensor cores do not run dry while
+    // A turn is over when its last product is issued: those of the other warpgroup queue behind it, and the tensor cores do not run dry while
     // the message is on its way. For the same reason warpgroup 1's last product waits for warpgroup 0's, behind which the next pair begins.
     auto step0 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
       scores<Tr, 0>(s, smem, q_rope, k_phase);
       const typename Tr::Valid valid = smem.valid[0];
       k_phase ^= 1;
-      if constexpr (kPair && Tr::kEarlyTurns) named_arrive(kTurn1, kComputeThreads);
+      if constexpr (kPair) named_arrive(kTurn1, kComputeThreads);
       wgmma_wait<0>();
       pin(s);
-      if constexpr (kPair && !Tr::kEarlyTurns) named_arrive(kTurn1, kComputeThreads);
       if (block + 2 >= w.end) release_q();
       mask(block, valid);
-      if (follow_maximum()) rescale();
+      float top[2];
+      find_maxima(top);
+      if (update_reference(top, scale_log2, reference, factor)) rescale();
       clear_tail(Wg0{}, block);
       probabilities<T, 0>(s, scale_log2, reference, sum, probs);
       publish(Wg0{}, First{});
@@ -347,7 +338,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         accumulate<Tr, 0, 0>(o, smem_desc(smem.p[1]), smem, 1);
         named_sync(kP1Ready + 1, kComputeThreads);
         accumulate<Tr, 0, 1>(o, smem_desc(smem.p[1]), smem, 1);
-        if constexpr (Tr::kEarlyTurns) named_arrive(kLastTurn1, kComputeThreads);
+        named_arrive(kLastTurn1, kComputeThreads);
         wgmma_wait<0>();
         pin(o);
         arrive(smem.k_empty[1][0]);
@@ -356,37 +347,39 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     auto step1 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
       typename Tr::Valid valid = 0;
+      float top[2];
       if constexpr (kPair) {
         named_sync(kTurn1, kComputeThreads);
         scores<Tr, 1>(s, smem, q_rope, k_phase);
         valid = smem.valid[1];
         k_phase ^= 1;
       }
-      float top[2];
       auto take_scores = [&] {
         pin(s);
         if (block + 2 >= w.end) release_q();
         mask(block + 1, valid);
+        find_maxima(top);
       };
-      if constexpr (kPair && Tr::kEarlyTurns) {  // P0 comes no sooner than these scores: its stores get through when they have read their last
+      // Before P0's products, whose issue blocks: P0 comes no sooner, because its stores get through when these scores have read their last. Where stores of
+      // keys get in between, scores take longer, and products of P0 go first.
+      if constexpr (kPair && !Tr::kGathered) {
         wgmma_wait<0>();
         take_scores();
-        find_maxima(top);
       }
       named_sync(kP0Ready, kComputeThreads);
       if (adopt_reference(Wg1{})) {
-        if constexpr (kPair && !Tr::kEarlyTurns) wgmma_wait<0>();  // without it ptxas puts one here, and complains
+        if constexpr (kPair && Tr::kGathered) wgmma_wait<0>();  // without it ptxas puts one here, and complains
         rescale();
       }
       accumulate<Tr, 1, 0>(o, smem_desc(smem.p[0]), smem, 0, block > w.begin);
       named_sync(kP0Ready + 1, kComputeThreads);
       accumulate<Tr, 1, 1>(o, smem_desc(smem.p[0]), smem, 0);
       if constexpr (kPair) {
-        if constexpr (!Tr::kEarlyTurns) {
-          wgmma_wait<2>();  // the scores; the product goes on behind the softmax
+        if constexpr (Tr::kGathered) {
+          wgmma_wait<2>();
           take_scores();
         }
-        if (Tr::kEarlyTurns ? update_reference(top, scale_log2, reference, factor) : follow_maximum()) {
+        if (update_reference(top, scale_log2, reference, factor)) {
           wgmma_wait<0>();
           rescale();
         }
@@ -398,7 +391,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         arrive(smem.k_empty[0][1]);
         probabilities<T, 1>(s, scale_log2, reference, sum, probs);
         publish(Wg1{}, Second{});
-        if constexpr (Tr::kEarlyTurns) named_sync(kLastTurn1, kComputeThreads);
+        named_sync(kLastTurn1, kComputeThreads);
         accumulate<Tr, 1, 1>(o, probs, smem, 1);
         wgmma_wait<0>();
         pin(o);
