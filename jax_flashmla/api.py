@@ -305,7 +305,7 @@ def flash_mla_sparse_fwd(
     if kv.ndim == 3:  # to the op rows are pages of one token, and those of all KV heads lie in one pool
         kv = kv.reshape(s_kv * h_kv, 1, 1, d_qk)
         if h_kv > 1:
-            head = jnp.arange(h_kv, dtype=jnp.int32)[:, None]
+            head = jnp.arange(h_kv, dtype=jnp.int32)[None, :, None]
             exists = (indices >= 0) & (indices < s_kv)
             indices = jnp.where(exists, jnp.where(exists, indices, 0) * h_kv + head, -1)
     operands = q, kv, indices, topk_length, attn_sink

@@ -228,18 +228,21 @@ def summary(engine: Engine) -> Iterator[str]:
 
 def generate(args: argparse.Namespace) -> None:
     from .nn import DeepseekConfig, DeepseekForCausalLM
+    from .nn.engine import check_options
 
     if args.model and not args.model.is_dir():
         raise ValueError(f"--model must be a directory with a checkpoint, got {args.model}")
     text = Text(args.model)
     prompts = read_prompts(args, text)
+    for seed in (args.seed, args.seed + len(prompts) - 1):  # before the weights, which take minutes
+        check_options(args.max_new_tokens, args.temperature, args.top_p, seed)
     if args.kv_format and args.dtype == "float16":
         raise ValueError(f"--kv-format {args.kv_format} goes with --dtype bfloat16, got float16; leave one of them out")
     if args.model is None:
         print("no --model: a tiny random one, whose tokens are bytes and mean nothing", file=sys.stderr)
         model = random_model(args)
     else:
-        config = read_json(args.model / "config.json")  # before the weights, which take minutes
+        config = read_json(args.model / "config.json")
         if args.kv_format and config and DeepseekConfig.from_hf(config).index_topk is None:
             raise ValueError(
                 f"--kv-format must be left out for a model with dense attention, got {args.kv_format!r} for "

@@ -109,7 +109,7 @@ def mla_ragged_paged_attention(
     tile_seq, is_tile = _owner(tile_ends, tile)
     tile_behind = width * (tile_ends[tile_seq] - 1 - tile)  # new tokens of the sequence in later tiles
     lengths = jnp.where(is_tile, jnp.maximum(kv_lens[tile_seq] - tile_behind, 0), 0)
-    source = (ends[tile_seq] - tile_behind)[:, None] - jnp.arange(width, 0, -1, dtype=jnp.int32)
+    source = (ends[tile_seq] - tile_behind)[:, None] - jnp.arange(width, 0, -1, dtype=jnp.int32)[None]
 
     # A row of a tile that is no token of its sequence takes any query: its result is not looked at.
     q = jnp.concatenate([ql_nope, q_pe], axis=-1)[jnp.clip(source, 0, tokens - 1)]

@@ -49,7 +49,7 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_spli
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None  # no TF32 behind a float32 request
 
     lengths = clamp_lengths(cache_seqlens, block_table, page_size)
-    token = jnp.arange(rows, dtype=jnp.int32) // group
+    token = jnp.arange(rows, dtype=jnp.int32)[None] // group
     seen = lengths[:, None] - (s_q - 1 - token if causal else jnp.zeros_like(token))  # row r sees keys j < seen[r]
     q = q.reshape(b, s_q, h_kv, group, d_qk).transpose(0, 2, 1, 3, 4).reshape(b, h_kv, rows, d_qk)
 
@@ -62,14 +62,14 @@ def dense_decode(q, k_cache, block_table, cache_seqlens, metadata=None, num_spli
     starts = match_varying(chunk_tokens * jnp.arange(steps, dtype=jnp.int32), lengths)
 
     def attend(state, page, start):
-        position = start + jnp.arange(chunk_tokens, dtype=jnp.int32)
+        position = start + jnp.arange(chunk_tokens, dtype=jnp.int32)[None]
         exists = (page >= 0) & (page < num_pages)
         readable = jnp.repeat(exists, page_size, axis=1) & (position < lengths[:, None])
         keys = k_cache.at[jnp.where(exists, page, 0)].get(mode="promise_in_bounds")
         # Unused slots may hold NaN and 0 * NaN is NaN: they become zeros before any product, forward and backward.
         keys = jnp.where(readable[:, :, None, None], keys.reshape(b, chunk_tokens, h_kv, d_qk), 0)
         scores = jnp.einsum("bkrd,btkd->bkrt", q, keys, precision=precision, preferred_element_type=jnp.float32)
-        visible = readable[:, None, None, :] & (position < seen[:, None, :, None])
+        visible = readable[:, None, None, :] & (position[None, None] < seen[:, None, :, None])
         scores = jnp.where(visible, scores * jnp.float32(softmax_scale), -jnp.inf)
         return _accumulate(state, scores, "bkrt,btkd->bkrd", keys[..., :D_V], precision)
 
@@ -144,7 +144,8 @@ def sparse_decode(
 def _with_sink(out, lse, attn_sink):
     """out times exp(lse) / (exp(lse) + exp(sink))."""
     lse = jnp.where(lse == -jnp.inf, 0, lse)  # out is 0 there, and -inf - -inf is NaN
-    return out * jax.nn.sigmoid(lse - attn_sink)[..., None]
+    sink = jnp.broadcast_to(attn_sink, lse.shape)
+    return out * jax.nn.sigmoid(lse - sink)[..., None]
 
 
 def _attend_to_indices(state, q, k_cache, indices, topk_length, softmax_scale):
@@ -157,7 +158,7 @@ def _attend_to_indices(state, q, k_cache, indices, topk_length, softmax_scale):
     starts = match_varying(CHUNK_INDICES * jnp.arange(steps, dtype=jnp.int32), lengths)
 
     def attend(state, slots, start):
-        position = start + jnp.arange(CHUNK_INDICES, dtype=jnp.int32)
+        position = start + jnp.arange(CHUNK_INDICES, dtype=jnp.int32)[None, None]
         visible = (slots >= 0) & (slots < num_slots(k_cache)) & (position < lengths[:, None, None])
         keys = read(k_cache, jnp.where(visible, slots, 0)).astype(q.dtype)
         keys = jnp.where(visible[..., None], keys, 0)  # slot 0 may hold NaN, and 0 * NaN is NaN
@@ -242,7 +243,7 @@ def _plan_balanced(blocks, parts, *, row_tiles, lists, xp=jnp):
     p = xp.arange(parts + 1, dtype=xp.int32)
     cut = xp.minimum(p * step + SEQUENCE_OVERHEAD_BLOCKS, total)
     cut = xp.where(p == 0, 0, xp.where(p == parts, total, cut))
-    seq = (ends <= cut[:, None]).sum(axis=1, dtype=xp.int32)
+    seq = (ends[None] <= cut[:, None]).sum(axis=1, dtype=xp.int32)
     ends, blocks = xp.append(ends, total), xp.append(blocks, 0)  # sequence b: the end of the line
     offset = cut - (ends[seq] - blocks[seq] - SEQUENCE_OVERHEAD_BLOCKS) - SEQUENCE_OVERHEAD_BLOCKS
     block = offset - offset % 2
@@ -254,7 +255,7 @@ def _plan_balanced(blocks, parts, *, row_tiles, lists, xp=jnp):
     # Without splits a sequence belongs to the share that its middle falls into.
     starts = xp.pad(ends[:-1], (1, 0))
     share = xp.minimum(p * -(total // -parts), total)
-    whole = (starts[:b] + ends[:b] <= 2 * share[:, None]).sum(axis=1, dtype=xp.int32)
+    whole = (starts[None, :b] + ends[None, :b] <= 2 * share[:, None]).sum(axis=1, dtype=xp.int32)
     whole = xp.where(p == parts, b, whole)
     longest = xp.diff(starts[whole]).max()
     penalty = SPLIT_PENALTY_BLOCKS if row_tiles == 1 else xp.maximum(SPLIT_PENALTY_BLOCKS, step // SPLIT_PENALTY_SHARE)
@@ -310,13 +311,13 @@ def _plan_even(blocks, parts, xp):
     """
     b = blocks.shape[0]
 
-    def pieces_of(size):  # the last one not under the minimum
+    def pieces_of(size, blocks=blocks):  # the last one not under the minimum
         return xp.maximum(-((blocks - (MIN_SPLIT_BLOCKS - 1)) // -size), 1)
 
     low = xp.maximum(-(blocks.sum(dtype=xp.int32) // -parts), MIN_SPLIT_BLOCKS)
     low = low + low % 2
     sizes = low - 2 * (low // -64) * xp.arange(EVEN_CANDIDATES, dtype=xp.int32)
-    enough = pieces_of(sizes[:, None]).sum(axis=1, dtype=xp.int32) <= parts
+    enough = pieces_of(sizes[:, None], blocks[None]).sum(axis=1, dtype=xp.int32) <= parts
     first = xp.argmax(enough)
     size = xp.where(enough[first], sizes[first], xp.iinfo(xp.int32).max)
 
@@ -325,7 +326,7 @@ def _plan_even(blocks, parts, xp):
     splits = pieces_of(own)
     ends = xp.cumsum(splits, dtype=xp.int32)
     part = xp.arange(parts, dtype=xp.int32)
-    seq = (ends <= part[:, None]).sum(axis=1, dtype=xp.int32)
+    seq = (ends[None] <= part[:, None]).sum(axis=1, dtype=xp.int32)
     ends, own, splits = xp.append(ends, 0), xp.append(own, 0), xp.append(splits, 0)  # sequence b: unused parts
     used, split = seq < b, part - (ends[seq] - splits[seq])
     last = part + 1 == ends[seq]
@@ -342,7 +343,7 @@ def _plan_invariant(blocks, parts):
     split_blocks = jnp.maximum(-(blocks // -MAX_INVARIANT_SPLITS), MIN_INVARIANT_BLOCKS)[:, None]
     splits = jnp.maximum(-(blocks[:, None] // -split_blocks), 1)
     seq = jnp.arange(b, dtype=jnp.int32)[:, None]
-    split = jnp.arange(MAX_INVARIANT_SPLITS, dtype=jnp.int32)
+    split = jnp.arange(MAX_INVARIANT_SPLITS, dtype=jnp.int32)[None]
     last = split == splits - 1
     next_seq = jnp.where(last, seq + 1, seq)
     zero = jnp.zeros_like(split * seq)

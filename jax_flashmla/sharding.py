@@ -423,7 +423,7 @@ class MLAMesh:
         if tokens > 1:
             # A sequence per query token, each with its own length, over the pages from the first one that is not whole.
             columns = -(-(page_size + s_q - 2) // page_size)
-            column = head[:, None] // page_size + jnp.arange(columns, dtype=jnp.int32)
+            column = head[:, None] // page_size + jnp.arange(columns, dtype=jnp.int32)[None]
             pages = jnp.take_along_axis(table, jnp.minimum(column, table.shape[1] - 1), axis=1)
             operands |= {
                 "q": q.reshape(b * s_q, 1, h_q, q.shape[3]),
@@ -446,7 +446,7 @@ class MLAMesh:
         held = functools.partial(_held, shard=shard, num_shards=num_shards, run=run)
         if s_q == 1:
             return held(lengths), jnp.zeros_like(lengths)[:, None]
-        seen = held(lengths[:, None] - jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32))
+        seen = held(lengths[:, None] - jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32)[None])
         head = seen[:, 0] // page_size * page_size
         return head, seen - head[:, None]
 

@@ -10,6 +10,7 @@ import pytest
 from jax_flashmla import _native, reference
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def why_no_gpu() -> str | None:

@@ -76,7 +76,7 @@ def invariant_engine(caches="dense", num_pages=7, **options):
 def hash_of_bits(logits, seeds, positions, temperature, top_p):
     """In place of `sample`. Odd factors, so that a change of any single bit of any logit changes the sum."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-    factors = 2 * jnp.arange(logits.shape[1], dtype=jnp.uint32) + jnp.uint32(2654435761)
+    factors = 2 * jnp.arange(logits.shape[1], dtype=jnp.uint32)[None] + jnp.uint32(2654435761)
     total = (bits * factors).sum(axis=1, dtype=jnp.uint32)
     return ((total ^ (total >> 15)) % VOCAB).astype(jnp.int32)
 

@@ -174,6 +174,21 @@ def test_errors(checkpoint, tmp_path, monkeypatch, capsys, options, message):
     assert out == "" and err.splitlines()[-1].startswith("error: ") and message in err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-p", "2"], "top_p must be a number over 0 and up to 1, got 2.0"),
+        (["--temperature", "-1"], "temperature must be a number at least 0, got -1.0"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--seed", str(2**32 - 1)], f"seed must be below 2**32, got {2**32}"),  # that of the second prompt
+    ],
+)
+def test_options_are_checked_before_the_weights_are_read(tmp_path, capsys, options, message):
+    (tmp_path / "good.txt").write_text("1 2 3\n4")
+    assert generate.main(["--model", str(tmp_path), "--tokens", str(tmp_path / "good.txt"), *options]) == 2
+    assert message in capsys.readouterr().err  # and not that there is no checkpoint
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
 def test_files_that_are_not_what_they_are_called(checkpoint, tmp_path, capsys, name):
     pytest.importorskip("tokenizers")

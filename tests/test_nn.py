@@ -479,7 +479,8 @@ def test_unsupported_configurations_are_refused(change, words):
 
 def test_null_in_the_configuration_is_nothing():
     config = nn_checkpoints.CONFIGS["v3"]
-    assert DeepseekConfig.from_hf(config | {"rope_interleave": None}) == DeepseekConfig.from_hf(config)
+    for name in ("rope_interleave", "topk_method"):
+        assert DeepseekConfig.from_hf(config | {name: None}) == DeepseekConfig.from_hf(config)
     none = DeepseekConfig.from_hf(config | {"n_group": None, "n_shared_experts": None, "n_routed_experts": None})
     assert (none.n_group, none.topk_group, none.n_shared_experts) == (1, 1, 0)
     assert none.first_k_dense_replace == none.num_hidden_layers

@@ -241,14 +241,16 @@ def change_positions(shift):
 
 def all_tokens(pick):
     def wrong(self, q, weights, positions, cache, block_table):
-        places = jnp.arange(block_table.shape[1] * cache.shape[1], dtype=jnp.int32)
+        places = jnp.arange(block_table.shape[1] * cache.shape[1], dtype=jnp.int32)[None, None]
         return jnp.where(places <= positions[:, :, None], places, -1)
 
     return wrong
 
 
 def most_recent(pick):  # a sliding window of as many tokens
-    return lambda self, q, weights, positions, *_: positions[:, :, None] - jnp.arange(self.topk, dtype=jnp.int32)
+    return lambda self, q, weights, positions, *_: (
+        positions[:, :, None] - jnp.arange(self.topk, dtype=jnp.int32)[None, None]
+    )
 
 
 def other_pairs(rotate):

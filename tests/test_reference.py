@@ -162,8 +162,8 @@ def gathered(q, k_cache, block_table, cache_seqlens, *, causal):
         b, -1, k_cache.shape[2], d_qk
     )
     keys = jnp.repeat(keys, h_q // k_cache.shape[2], axis=2)
-    position = jnp.arange(keys.shape[1])
-    newest = cache_seqlens[:, None] - (jnp.arange(s_q)[::-1] if causal else jnp.zeros(s_q, jnp.int32))
+    position = jnp.arange(keys.shape[1])[None, None]
+    newest = cache_seqlens[:, None] - (jnp.arange(s_q)[None, ::-1] if causal else jnp.zeros((1, s_q), jnp.int32))
     visible = (position < newest[..., None])[:, None]
     scores = jnp.where(visible, jnp.einsum("bshd,bthd->bhst", q, keys) * d_qk**-0.5, -1e30)
     p = jnp.where(visible, jax.nn.softmax(scores), 0)

@@ -305,7 +305,7 @@ def test_vmap(source, through):
         params = freeze(insist=False, softmax_scale=float(np.float32(576**-0.5)))
         if source == "rows":
             exists = (indices >= 0) & (indices < 48)
-            indices = jnp.where(exists, indices * 2 + jnp.arange(2, dtype=jnp.int32)[:, None], -1)
+            indices = jnp.where(exists, indices * 2 + jnp.arange(2, dtype=jnp.int32)[None, :, None], -1)
         return OPS["sparse_prefill"].forward(params, q, pool, indices, lengths, sink)
 
     each = jax.jit(one)

@@ -148,13 +148,13 @@ def to_bytes(x: jax.Array) -> jax.Array:
     """The last axis as little-endian bytes."""
     item = x.dtype.itemsize
     word = jax.lax.bitcast_convert_type(x, f"uint{8 * item}")
-    shifts = 8 * jnp.arange(item, dtype=word.dtype)
+    shifts = 8 * jax.lax.broadcasted_iota(word.dtype, (*word.shape, item), word.ndim)
     return (word[..., None] >> shifts).astype(jnp.uint8).reshape(*x.shape[:-1], x.shape[-1] * item)
 
 
 def from_bytes(x: jax.Array, dtype: str) -> jax.Array:
     item = jnp.dtype(dtype).itemsize
     parts = x.reshape(*x.shape[:-1], x.shape[-1] // item, item).astype(f"uint{8 * item}")
-    shifts = 8 * jnp.arange(item, dtype=parts.dtype)
+    shifts = 8 * jax.lax.broadcasted_iota(parts.dtype, parts.shape, parts.ndim - 1)
     word = (parts << shifts).sum(axis=-1, dtype=parts.dtype)
     return jax.lax.bitcast_convert_type(word, dtype)

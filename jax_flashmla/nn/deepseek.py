@@ -199,7 +199,7 @@ class DeepseekConfig:
         if config.get("indexer_rope_interleave") is not None:
             values["index_rope_interleave"] = config["indexer_rope_interleave"]
         # transformers writes no scoring_func: there the model type tells.
-        method = config.get("topk_method", "noaux_tc" if v3 else "greedy")
+        method = config.get("topk_method") or ("noaux_tc" if v3 else "greedy")
         if method not in ("greedy", "group_limited_greedy", "noaux_tc"):
             raise ValueError(
                 f"topk_method must be 'greedy', 'group_limited_greedy' or 'noaux_tc', got {method!r} in config.json"
@@ -290,7 +290,7 @@ class Router(nnx.Module):
         logits = jnp.dot(x.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST)
         sigmoid = c.scoring_func == "sigmoid"
         scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
-        choice = scores + self.e_score_correction_bias[...] if sigmoid else scores
+        choice = scores + self.e_score_correction_bias[...][None] if sigmoid else scores
         if c.n_group > 1:
             grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
             group_scores = jax.lax.top_k(grouped, 2 if sigmoid else 1)[0].sum(axis=-1)

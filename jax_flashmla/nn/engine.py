@@ -253,12 +253,7 @@ class Engine:
         if prompt.min() < 0 or prompt.max() >= self.vocab_size:
             wrong = prompt[(prompt < 0) | (prompt >= self.vocab_size)][0]
             raise ValueError(f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}; see vocab_size")
-        max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, minimum=1)
-        temperature = _number("temperature", temperature, "at least 0", lambda x: 0 <= x <= MOST_TEMPERATURE)
-        top_p = _number("top_p", top_p, "over 0 and up to 1", lambda x: 0 < x <= 1)
-        seed = checks.integer("seed", seed, minimum=0)
-        if seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32, got {seed}")
+        max_new_tokens, temperature, top_p, seed = check_options(max_new_tokens, temperature, top_p, seed)
         rows = len(prompt) + max_new_tokens - 1  # the last token is not attended to
         room = self.pages.num_pages * self.pages.page_size
         for name, limit in (("max_seq_len", self.max_seq_len), ("num_pages", room)):
@@ -546,6 +541,19 @@ def _ascending(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
     if not result or any(a >= b for a, b in itertools.pairwise(result)):
         raise ValueError(f"{name} must be ascending numbers, one at least, got {result}")
     return result
+
+
+def check_options(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> tuple[int, float, float, int]:
+    """What `Engine.submit` takes beside a prompt, checked; for callers who have a model to load first."""
+    seed = checks.integer("seed", seed, minimum=0)
+    if seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {seed}")
+    return (
+        checks.integer("max_new_tokens", max_new_tokens, minimum=1),
+        _number("temperature", temperature, "at least 0", lambda x: 0 <= x <= MOST_TEMPERATURE),
+        _number("top_p", top_p, "over 0 and up to 1", lambda x: 0 < x <= 1),
+        seed,
+    )
 
 
 def _number(name: str, value: float, words: str, good: Callable[[float], bool]) -> float:

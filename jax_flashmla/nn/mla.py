@@ -81,7 +81,7 @@ class RopeConfig:
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotates `[..., heads, dim]` by its positions `[...]`. Pairs stay where they are; arithmetic in float32."""
-        angle = positions.astype(jnp.float32)[..., None, None] * self.frequencies(x.shape[-1])
+        angle = positions.astype(jnp.float32)[..., None, None] * along_last(self.frequencies(x.shape[-1]), x.ndim)
         cos, sin = jnp.cos(angle) * self.attention_factor, jnp.sin(angle) * self.attention_factor
         # [..., dim / 2, 2] for neighbours, [..., 2, dim / 2] for halves
         axis = -1 if self.interleave else -2
@@ -105,7 +105,12 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (y * along_last(self.scale[...].astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+def along_last(vector: Any, ndim: int) -> jax.Array:
+    """A vector as an array of ndim axes: users may forbid that ranks are promoted (`jax_numpy_rank_promotion`)."""
+    return jnp.reshape(vector, (1,) * (ndim - 1) + (-1,))
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
@@ -120,7 +125,7 @@ def linear(d_in: int, d_out: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool 
 
 def token_positions(cache_seqlens: jax.Array, s: int) -> jax.Array:
     """int32 `[b, s]`: new tokens are the last ones of their sequence. Negative where a sequence is shorter."""
-    return cache_seqlens[:, None] - s + jnp.arange(s, dtype=jnp.int32)
+    return cache_seqlens[:, None] - s + jnp.arange(s, dtype=jnp.int32)[None]
 
 
 def write_positions(positions: jax.Array, num_new: jax.Array | None) -> jax.Array:
@@ -128,7 +133,7 @@ def write_positions(positions: jax.Array, num_new: jax.Array | None) -> jax.Arra
     if num_new is None:
         return positions
     s = positions.shape[1]
-    return jnp.where(jnp.arange(s, dtype=jnp.int32) >= s - num_new[:, None], positions, -1)
+    return jnp.where(jnp.arange(s, dtype=jnp.int32)[None] >= s - num_new[:, None], positions, -1)
 
 
 def not_empty(name: str, value: jax.Array, axes: str) -> None:
@@ -170,7 +175,7 @@ def by_chunks(f: Callable[..., jax.Array], *arrays: jax.Array, most: int | None 
 def chunk_lengths(cache_seqlens: jax.Array, s: int) -> jax.Array:
     """int32 `[b * chunks]`: the keys that the last token of each chunk sees."""
     count, width = chunks_of(s)
-    later = width * jnp.arange(count - 1, -1, -1, dtype=jnp.int32)
+    later = width * jnp.arange(count - 1, -1, -1, dtype=jnp.int32)[None]
     return jnp.maximum(cache_seqlens[:, None] - later, 0).reshape(-1)
 
 
@@ -407,7 +412,7 @@ class MLAAttention(nnx.Module):
 
     def _seen(self, x: jax.Array, compressed: jax.Array, positions: jax.Array) -> jax.Array:
         """Which keys `mha` lets a token see, broadcastable to `[b, h_q, s, s]`."""
-        return jnp.tri(x.shape[1], dtype=bool)
+        return jnp.tri(x.shape[1], dtype=bool)[None, None]
 
     def _rows(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [D_LATENT], axis=-1)

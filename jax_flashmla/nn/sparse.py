@@ -20,6 +20,7 @@ from .mla import (
     D_LATENT,
     MLAAttention,
     RopeConfig,
+    along_last,
     by_chunks,
     check_lengths,
     linear,
@@ -76,7 +77,8 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        scale, bias = (along_last(v[...].astype(jnp.float32), x.ndim) for v in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)
 
 
 def check_pool(name: str, pool: jax.Array, dtypes: tuple[str, ...], width: int) -> None:
@@ -291,7 +293,7 @@ class DSAIndexer(nnx.Module):
         def merge(best: tuple[jax.Array, ...], page: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
             exists = (page >= 0) & (page < num_pages)
             keys = cache.at[jnp.where(exists, page, 0)].get(mode="promise_in_bounds").reshape(b, tokens, -1)
-            place = start + jnp.arange(tokens, dtype=jnp.int32)
+            place = start + jnp.arange(tokens, dtype=jnp.int32)[None, None]
             seen = jnp.repeat(exists, page_size, axis=1)[:, None] & (place <= positions[:, :, None])
             # An unused slot may hold NaN, and so may its score, but no other score.
             scores = jnp.where(seen, self.scores(q, weights, keys), -jnp.inf)
@@ -483,7 +485,7 @@ class SparseMLAAttention(MLAAttention):
 
     def _seen(self, x: jax.Array, compressed: jax.Array, positions: jax.Array) -> jax.Array:
         """The picks among all tokens at once, for `mha`."""
-        causal = super()._seen(x, compressed, positions)
+        causal = super()._seen(x, compressed, positions)[:, 0]
         scores = self.indexer.scores(*self.indexer.queries(x, compressed, positions), self.indexer.keys(x, positions))
         picks = jax.lax.top_k(jnp.where(causal, scores, -jnp.inf), min(self.indexer.topk, x.shape[1]))[1]
         picked = jnp.put_along_axis(jnp.zeros(scores.shape, bool), picks, True, axis=-1, inplace=False)

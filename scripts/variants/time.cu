@@ -1,9 +1,10 @@
 // Times the variants that build.py compiled in, in turns, in plain launches one behind the other: no JAX, no graph, no pause, so that a long case runs at the
 // card's power limit. Outputs of a case are compared with those of the first variant. Median µs a call.
 //
-//   time [--rounds 9] [--ms 15] [CASE ...]     dense_decode:b,s_q,h_q,s_k  sparse_decode:b,s_q,h_q,s_k,topk  sparse_prefill:s_q,s_kv,topk,d_qk,h_q
+//   time [--rounds 9] [--ms 15] [CASE ...]     dense_decode:b,s_q,h_q,s_k[,in_order]  sparse_decode:b,s_q,h_q,s_k,topk  sparse_prefill:s_q,s_kv,topk,d_qk,h_q
 //
-// Cases are named as in `python -m jax_flashmla.bench`; lengths are equal, pages have 64 tokens. After each case: the largest difference of an output.
+// Cases are named as in `python -m jax_flashmla.bench`; lengths are equal, pages have 64 tokens and are anywhere, or one behind the other (in_order). After
+// each case: the largest difference of an output.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -102,13 +103,14 @@ class Buffers {
 struct Case {
   Op op;
   int b, s_q, h_q, s_k, topk, d_qk;  // prefill: b query tokens of one sequence
+  bool in_order;
   int sequences() const { return op == kDense ? b : b * s_q; }
   int rows() const { return op == kDense ? s_q * h_q : h_q; }
   int keys() const { return op == kDense ? s_k : topk; }
 };
 
 static Case parse(const char* text) {
-  Case c{kDense, 1, 1, 0, 0, 0, 576};
+  Case c{kDense, 1, 1, 0, 0, 0, 576, strstr(text, ",in_order") != nullptr};
   if (sscanf(text, "dense_decode:%d,%d,%d,%d", &c.b, &c.s_q, &c.h_q, &c.s_k) == 4) return c;
   c.op = kSparse;
   if (sscanf(text, "sparse_decode:%d,%d,%d,%d,%d", &c.b, &c.s_q, &c.h_q, &c.s_k, &c.topk) == 5) return c;
@@ -162,7 +164,7 @@ static std::vector<Timing> run(const Case& c, int rounds, double ms) {
     fill_normal<<<kBlocks, kThreads>>>(cache, sets * numbers, 2);
     std::vector<int> pages(sets * entries_of_set);
     for (size_t i = 0; i < pages.size(); ++i) pages[i] = int(i);
-    std::shuffle(pages.begin(), pages.end(), std::mt19937(0));
+    if (!c.in_order) std::shuffle(pages.begin(), pages.end(), std::mt19937(0));
     entries = buffers.copy(pages);
     dense.k_cache = cache, dense.num_pages = int(pages.size()), dense.cache_seqlens = lengths;
   } else {
