@@ -205,8 +205,8 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     __syncwarp();  // an arrival releases the arriving thread's accesses only
     if (lane == 0) barrier_arrive(bar);
   };
-  // Asks for the codes of the next block of slot s, sixteen tokens a warp, as soon as the half of the slot where they wait for their conversion is free: by
-  // this warpgroup, which is the one to know, and which has the time. A copy takes 40 clocks to ask for, and those who convert are always late.
+  // Asks for the codes of the next block of slot s, sixteen tokens a warp, where this warpgroup has the time: the left half of the slot, in which they wait for
+  // their conversion, is free by then. A copy takes 40 clocks to ask for, and those who convert are always late.
   uint32_t ask_phase = 0;
   auto ask = [&](int s) {
     if constexpr (Tr::kAsked) {
@@ -306,8 +306,8 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     // up on overlapping products across branches. What makes it quick is that the warpgroups stay half a step apart, one in its softmax while the other
     // multiplies: warpgroup 1's scores wait for warpgroup 0's, its softmax for warpgroup 0's probabilities, and slot 0 is let go of as soon as its last
     // reader is through, so that it is full again half a step before slot 1.
-    // A turn is over when its last product is issued: those of the other warpgroup queue behind it, and the tensor cores do not run dry while
-    // the message is on its way. For the same reason warpgroup 1's last product waits for warpgroup 0's, behind which the next pair begins.
+    // A turn is over when its last product is issued: those of the other warpgroup queue behind it, and the tensor cores do not run dry while the message is
+    // on its way. For the same reason warpgroup 1's last product waits for warpgroup 0's, behind which the next pair begins.
     auto step0 = [&](int block, auto pair_constant) {
       constexpr bool kPair = decltype(pair_constant)::value;
       scores<Tr, 0>(s, smem, q_rope, k_phase);
