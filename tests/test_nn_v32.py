@@ -286,7 +286,8 @@ def one_place_on(queries):
 
 
 def rms_norm(self, x):
-    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps) * self.scale[...] + self.bias[...]
+    scale, bias = (mla.along_last(v[...], x.ndim) for v in (self.scale, self.bias))
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps) * scale + bias
 
 
 MUTATIONS = {
@@ -301,7 +302,7 @@ MUTATIONS = {
     "all heads the same weight": patched("queries", no_weights),
     "RMSNorm on keys": lambda m: m.setattr(sparse.LayerNorm, "__call__", rms_norm),
     "no bias in the norm": lambda m: m.setattr(
-        sparse.LayerNorm, "__call__", lambda self, x: NORM(self, x) - self.bias[...]
+        sparse.LayerNorm, "__call__", lambda self, x: NORM(self, x) - mla.along_last(self.bias[...], x.ndim)
     ),
 }
 NORM = sparse.LayerNorm.__call__

@@ -192,8 +192,8 @@ def jnp_peer() -> Make:
         s_q = q.shape[1]
         keys = pool[table].reshape(q.shape[0], -1, D_QK)
         scores = jnp.einsum("bshd,btd->bsht", q, keys, preferred_element_type=jnp.float32) * SCALE
-        newest = lengths[:, None] - s_q + (jnp.arange(s_q, dtype=jnp.int32) if causal else s_q - 1)
-        visible = jnp.arange(keys.shape[1], dtype=jnp.int32) <= newest[:, :, None]
+        newest = lengths[:, None] - s_q + (jnp.arange(s_q, dtype=jnp.int32)[None] if causal else s_q - 1)
+        visible = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None] <= newest[:, :, None]
         p = jax.nn.softmax(jnp.where(visible[:, :, None], scores, -jnp.inf)).astype(q.dtype)
         return jnp.einsum("bsht,btd->bshd", p, keys[..., :D_V])
 

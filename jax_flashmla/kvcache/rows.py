@@ -107,7 +107,7 @@ def write(cache: jax.Array, rows: jax.Array, slots: jax.Array, fmt: KVFormat) ->
         within = np.concatenate([np.arange(width, dtype=np.int32) for width in fmt.plane_bytes])
         starts = np.repeat([fmt.plane_offset(i, page_size) for i in range(len(fmt.plane_bytes))], fmt.plane_bytes)
         widths = np.repeat(fmt.plane_bytes, fmt.plane_bytes)
-        byte = jnp.asarray(starts + within, jnp.int32) + offset[:, None] * jnp.asarray(widths, jnp.int32)
+        byte = jnp.asarray(starts + within, jnp.int32)[None] + offset[:, None] * jnp.asarray(widths, jnp.int32)[None]
         page = page[:, None]
         at = (page, byte) if data.ndim == 2 else (page, byte // fmt.token_bytes, 0, byte % fmt.token_bytes)
         data = data.at[at].set(rows, mode="drop", wrap_negative_indices=False)
