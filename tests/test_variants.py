@@ -1,4 +1,4 @@
-"""scripts/variants: what it refuses, and that its own files compile. Timing needs a Hopper GPU, and a person."""
+"""scripts/variants.py: what it refuses, and that its own files compile. Timing needs a Hopper GPU, and a person."""
 
 import shutil
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = ROOT / "scripts" / "variants"
+SCRIPTS = ROOT / "scripts"
 
 
 def build(*arguments):
-    command = [sys.executable, HERE / "build.py", *arguments]
+    command = [sys.executable, SCRIPTS / "variants.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
@@ -45,6 +45,9 @@ def test_compiles(tmp_path, define):
     file = "variant.cu" if define.startswith("VARIANT=") else "time.cu"
     flags = ["-std=c++17", "-arch=sm_90a", f"-I{ROOT / 'csrc'}", "-Werror=all-warnings", f"-D{define}"]
     done = subprocess.run(
-        ["nvcc", *flags, "-c", HERE / file, "-o", tmp_path / "out.o"], capture_output=True, text=True, check=False
+        ["nvcc", *flags, "-c", SCRIPTS / "variants" / file, "-o", tmp_path / "out.o"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-// What time.cu calls of a variant: of a tree's csrc/, whose namespace build.py renames.
+// What time.cu calls of a variant: of a tree's csrc/, whose namespace variants.py renames.
 #include <cuda_bf16.h>
 
 #include "kernels/dense_decode.h"
@@ -9,7 +9,7 @@
 
 namespace jax_flashmla {
 
-// Parameters come as void*, because other variants have types of the same name; build.py sees to it that params.h is the same.
+// Parameters come as void*, because other variants have types of the same name; variants.py sees to it that params.h is the same.
 template <class Params, Status (*kLaunch)(const Params&)>
 static const char* attend(const void* params) {
   const auto& p = *static_cast<const Params*>(params);

@@ -1,11 +1,11 @@
 """Variants of the attention kernels in one program that times them in turns, without JAX: in seconds, what a change is
 worth.
 
-    python scripts/variants/build.py OUT before=HEAD~1 after=. other=.,-DLOOKAHEAD=2
+    python scripts/variants.py OUT before=HEAD~1 after=. other=.,-DLOOKAHEAD=2
     OUT dense_decode:128,2,128,8192 sparse_prefill:4096,8192,2048,576,128
 
 NAME=TREE[,FLAG...]: TREE is a folder or what git calls a revision, FLAG goes to nvcc. OUT runs on any machine with a
-Hopper GPU; time.cu says what it takes and prints. Registers and spills of all variants are printed by the build.
+Hopper GPU; variants/time.cu says what it takes and prints. The build prints registers and spills of all variants.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
+import register_report
+
+HERE = Path(__file__).resolve().parent / "variants"
 SOURCES = (
     "kernels/dense_decode_bf16_576.cu",
     "kernels/sparse_decode_fp8_v32.cu",
@@ -113,9 +115,10 @@ def main() -> int:
             objects, logs = zip(*pool.map(compile_one, *zip(*files, strict=True)), strict=True)
         for number, variant in enumerate(args.variants):
             log = "".join(log for (i, _), log in zip(files, logs, strict=True) if i == number)
-            registers = sorted(map(int, re.findall(r"Used (\d+) registers", log)))
-            spills = len(re.findall(r"[1-9]\d* bytes spill stores", log))
-            print(f"{variant.name}: registers {registers}, {spills} kernels spill", flush=True)
+            kernels = register_report.parse(log.splitlines())
+            registers = sorted(kernel.registers for kernel in kernels if kernel.registers is not None)
+            bad = sum(kernel.bad for kernel in kernels)
+            print(f"{variant.name}: registers {registers}, {bad} kernels spill or have serialised products", flush=True)
         names = "".join(f" X({v.name})" for v in args.variants)
         nvcc(f"-DVARIANTS(X)={names}", f"-I{trees[0]}", HERE / "time.cu", *objects, "-o", args.out)
     return 0
