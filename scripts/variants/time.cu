@@ -1,4 +1,4 @@
-// Times the variants that variants.py compiled in, in turns, in plain launches one behind the other: no JAX, no graph, no pause, so that a long case runs at the
+// Times the variants that variants.py compiled in, in turns, in plain launches, one behind another: no JAX, graph or pause, so that a long case runs at the
 // card's power limit. Outputs of a case are compared with those of the first variant. Median µs a call.
 //
 //   time [--rounds 9] [--ms 15] [CASE ...]     dense_decode:b,s_q,h_q,s_k[,in_order]  sparse_decode:b,s_q,h_q,s_k,topk  sparse_prefill:s_q,s_kv,topk,d_qk,h_q
