@@ -19,7 +19,7 @@
 namespace jax_flashmla {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr uint32_t kInfinity = 0x7F800000, kNaN = 0x7FC00000, kNaNExponent = 255;
 
 // Eight channels as they come.

@@ -18,7 +18,7 @@
 namespace jax_flashmla {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kRows = 2;  // of a warp: finding them costs two accesses one after the other, whatever their number
 
 // CTAs that share the rows of a plan.
