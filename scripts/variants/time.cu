@@ -1,10 +1,11 @@
 // Times the variants that variants.py compiled in, in turns, in plain launches, one behind another: no JAX, graph or pause, so that a long case runs at the
-// card's power limit. Outputs of a case are compared with those of the first variant. Median µs a call.
+// card's power limit. Outputs of a case are compared with those of the first variant. Median µs a call, and the clock that SMs really had meanwhile: under load
+// it is far below what NVML reports.
 //
 //   time [--rounds 9] [--ms 15] [CASE ...]     dense_decode:b,s_q,h_q,s_k[,in_order]  sparse_decode:b,s_q,h_q,s_k,topk  sparse_prefill:s_q,s_kv,topk,d_qk,h_q
 //
 // Cases are named as in `python -m jax_flashmla.bench`; lengths are equal, pages have 64 tokens and are anywhere, or one behind the other (in_order). After
-// each case: the largest difference of an output.
+// each case: the largest difference of an output, and MHz.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -75,6 +76,19 @@ __global__ void fill_indices(int* indices, int64_t lists, int topk, int lists_of
   FOR_EACH(i, lists * topk) indices[i] = int(i / topk / lists_of_sequence * step + hash(i + (seed << 40)) % uint32_t(range));
 }
 
+// Clocks and nanoseconds so far, of every SM that gets a CTA.
+struct Clock {
+  int64_t clocks, ns;
+};
+__global__ void read_clocks(Clock* of_sm) {
+  uint32_t sm;
+  Clock now;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(now.clocks));
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now.ns));
+  of_sm[sm] = now;
+}
+
 class Buffers {
  public:
   ~Buffers() {
@@ -124,7 +138,7 @@ constexpr int kBlocks = 4096, kThreads = 256, kQuerySets = 4;
 constexpr int64_t kRotated = 400 << 20;  // bytes of keys that calls rotate over: eight times the L2 cache
 
 struct Timing {
-  double us, difference;
+  double us, difference, mhz;
 };
 
 static std::vector<Timing> run(const Case& c, int rounds, double ms) {
@@ -221,25 +235,40 @@ static std::vector<Timing> run(const Case& c, int rounds, double ms) {
     }
   }
 
+  auto* clocks = buffers.make<Clock>(2 * sms);
+  CHECK(cudaMemset(clocks, 0, 2 * sms * sizeof(Clock)));
   cudaEvent_t begin, end;
   CHECK(cudaEventCreate(&begin));
   CHECK(cudaEventCreate(&end));
   auto timed = [&](int v, int calls, int from) {
     for (int i = 0; i < 2; ++i) call(v, i);
+    read_clocks<<<sms, 1, 0, stream>>>(clocks);
     CHECK(cudaEventRecord(begin, stream));
     for (int i = 0; i < calls; ++i) call(v, from + i);
     CHECK(cudaEventRecord(end, stream));
+    read_clocks<<<sms, 1, 0, stream>>>(clocks + sms);
     CHECK(cudaEventSynchronize(end));
     float elapsed;
     CHECK(cudaEventElapsedTime(&elapsed, begin, end));
     return 1000. * elapsed / calls;
   };
   const int calls = std::max(4, int(1000 * ms / timed(0, 4, 0)));
+  auto megahertz = [&] {
+    std::vector<Clock> all(2 * sms);
+    CHECK(cudaMemcpyAsync(all.data(), clocks, all.size() * sizeof(Clock), cudaMemcpyDeviceToHost, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    double sum = 0;
+    int seen = 0;
+    for (int i = 0; i < sms; ++i)
+      if (all[i].ns && all[sms + i].ns > all[i].ns) sum += 1e3 * double(all[sms + i].clocks - all[i].clocks) / double(all[sms + i].ns - all[i].ns), ++seen;
+    return seen ? sum / seen : 0.;
+  };
   std::vector<std::vector<double>> us(n);
   for (int round = 0; round < rounds; ++round)
     for (int turn = 0; turn < n; ++turn) {
       const int v = (round + (round % 2 ? n - turn : turn)) % n;  // not always behind the same one, whose heat it inherits
       us[v].push_back(timed(v, calls, round));
+      results[v].mhz += megahertz() / rounds;
     }
   for (int v = 0; v < n; ++v) {
     std::sort(us[v].begin(), us[v].end());
@@ -278,12 +307,14 @@ int main(int argc, char** argv) {
   for (const char* name : names) cases.push_back(parse(name));
   printf("%-40s", "case");
   for (const Variant& v : kVariants) printf("%12s", v.name);
-  printf("   difference\n");
+  printf("   difference, MHz\n");
   for (size_t i = 0; i < cases.size(); ++i) {
     const std::vector<Timing> results = run(cases[i], rounds, ms);
     printf("%-40s", names[i]);
     for (const Timing& r : results) printf("%12.1f", r.us);
-    for (size_t v = 1; v < results.size(); ++v) printf("%s%.1e", v == 1 ? "   " : " ", results[v].difference);
+    printf("  ");
+    for (size_t v = 1; v < results.size(); ++v) printf(" %.1e", results[v].difference);
+    for (const Timing& r : results) printf(" %.0f", r.mhz);
     printf("\n");
     fflush(stdout);
   }
