@@ -413,6 +413,14 @@ def test_wrong_checkpoints_are_refused(change, words, tmp_path):
         DeepseekForCausalLM.from_pretrained(nn_checkpoints.save(tmp_path, config, tensors), progress=False)
 
 
+def test_configurations_of_models_without_mla_are_refused():
+    llama = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}
+    with pytest.raises(ValueError, match=r"a model with MLA: kv_lora_rank in it, or .*, got neither and 'llama'"):
+        DeepseekConfig.from_hf(llama)
+    kin = nn_checkpoints.CONFIGS["v3"]
+    assert DeepseekConfig.from_hf(kin | {"model_type": "kimi_k2"}) == DeepseekConfig.from_hf(kin)
+
+
 def test_empty_directories_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         DeepseekForCausalLM.from_pretrained(tmp_path)

@@ -163,6 +163,12 @@ class DeepseekConfig:
         model_type = config.get("model_type")
         v3 = model_type != "deepseek_v2"
         sparse = {"deepseek_v32": cls.v32, "glm_moe_dsa": cls.glm5}
+        known = ("deepseek_v2", "deepseek_v3", *sparse)
+        if model_type not in known and config.get("kv_lora_rank") is None:
+            raise ValueError(
+                f"config.json must be that of a model with MLA: kv_lora_rank in it, or the model_type "
+                f"{', '.join(known[:-1])} or {known[-1]}, got neither and {model_type!r}"
+            )
         if config.get("index_topk") is not None and model_type not in sparse:
             raise ValueError(
                 f"index_topk, sparse attention, needs the model_type {' or '.join(sparse)}, got {model_type!r} in "
