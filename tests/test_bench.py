@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -232,11 +233,19 @@ def test_no_two_calls_of_a_chain_are_the_same():
 
 
 def test_dispatched_chain():
-    runs = []
-    chain = protocol.dispatched(lambda: runs.append(1) or jnp.zeros(1), (2, 5), per_run=61)
+    """A run finds the memory of the result before it free."""
+    results = []
+
+    def run():
+        assert not any(result() is not None for result in results)
+        result = jnp.zeros(1)
+        results.append(weakref.ref(result))
+        return result
+
+    chain = protocol.dispatched(run, (2, 5), per_run=61)
     chain.short()
     chain.long()
-    assert len(runs) == 7 and chain.calls == 183
+    assert len(results) == 7 and chain.calls == 183
 
 
 def test_roofline_by_hand():

@@ -152,7 +152,9 @@ def dispatched(run: Callable[[], Any], lengths: tuple[int, int], per_run: int = 
 
     def repeat(runs: int) -> Callable[[], object]:
         def all_runs() -> None:
+            last = None
             for _ in range(runs):
+                del last  # its memory is free for this run, whose graph finds all addresses as they were
                 last = run()
             jax.block_until_ready(last)
 
