@@ -212,6 +212,7 @@ def test_chain_lengths():
     for us in (10, 50, 150, 230, 400):
         short, long = protocol.chain_lengths(us * 1e-6)
         assert 5 < short < long / 2 and (long - short) * us > 400  # captured by XLA, and long beside the host's jitter
+        assert short * us >= 600  # the host keeps ahead
     assert protocol.chain_lengths(1e-6, small=True) == (1, 3)
 
 
@@ -225,6 +226,37 @@ def test_jitted_chain_makes_every_call():
     chain = protocol.jitted(call, [jnp.arange(3, dtype=jnp.float32)], (1, 3))
     assert calls == [0, 0, 1, 2] and chain.calls == 2
     assert chain.short().tolist() == [0] and chain.long().tolist() == [0, 1, 3]
+
+
+def test_repeated_chain_runs_one_program():
+    traced, chain = [], (2, 7)
+
+    def call(i, previous, x):
+        traced.append(i)
+        return x[i] + previous
+
+    ours = protocol.repeated(call, [jnp.arange(3, dtype=jnp.float32)], chain)
+    assert traced == [0, 1] and ours.calls == 4  # three runs beside one
+    assert protocol.repeats(chain) == 3 and protocol.repeats((3, 4)) == 2
+    ours.short()
+    ours.long()
+
+
+def test_peers_run_as_many_calls_as_we_do():
+    replays, calls = [], []
+    context = contextlib.nullcontext
+    cuda = types.SimpleNamespace(
+        Stream=lambda: None, CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: replays.append(1)),
+        graph=lambda *_, **__: context(), stream=lambda _: context(), synchronize=lambda: None,
+    )  # fmt: skip
+    inputs = types.SimpleNamespace(q=[0, 0], chain=(4, 17))
+    chain = peers.captured(types.SimpleNamespace(cuda=cuda), calls.append, inputs)
+    assert calls == [0, 0, 1, 0, 1]  # the first one warms up
+    assert chain.calls == protocol.repeated(lambda i, previous, x: x, [jnp.zeros(())], inputs.chain).calls == 12
+    chain.short()
+    assert len(replays) == 1
+    chain.long()
+    assert len(replays) == 5
 
 
 def test_no_two_calls_of_a_chain_are_the_same():

@@ -10,7 +10,7 @@ import jax
 from .. import flash_mla_with_kvcache, get_mla_metadata
 from . import cases, peers
 from .cases import D_QK, D_V, DenseCase, DenseInputs
-from .protocol import Chain, Setup, Work, chain_lengths, jitted
+from .protocol import Chain, Setup, Work, chain_lengths, repeated
 
 NAMES, QUICK, PEERS = cases.DENSE, cases.DENSE_QUICK, peers.DENSE
 BESIDE: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ def ours(inputs: DenseInputs, implementation: str) -> Chain:
     operands = inputs.q, inputs.pool, inputs.tables, inputs.lengths, plan
     first = inputs.q[:1], inputs.pool, inputs.tables[:1], inputs.lengths, plan
     one = jax.jit(functools.partial(decode, 0))
-    return jitted(call, operands, inputs.chain)._replace(result=lambda: peers.ends(one(*first)[0]))
+    return repeated(call, operands, inputs.chain)._replace(result=lambda: peers.ends(one(*first)[0]))
 
 
 def seconds(case: DenseCase) -> float:

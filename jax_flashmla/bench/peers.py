@@ -19,7 +19,7 @@ import numpy as np
 from .. import kvcache
 from ..kvcache.rows import fp8_format
 from .cases import D_QK, D_V, DenseInputs, SparseInputs
-from .protocol import Chain, Unsupported, jitted
+from .protocol import Chain, Unsupported, jitted, repeats
 
 Make = Callable[[DenseInputs], Chain]
 MakeSparse = Callable[[SparseInputs], Chain]
@@ -49,18 +49,15 @@ def to_torch(torch: Any, x: jax.Array) -> Any:
 
 
 def captured(torch: Any, call: Callable[[int], Any], inputs: DenseInputs | SparseInputs) -> Chain:
-    """Chains in CUDA graphs. Torch reuses one output for all calls of a graph."""
+    """A CUDA graph of the short chain's calls, replayed as often as our program runs. Torch reuses one output in it."""
     sets = len(inputs.q)
     stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
 
-    def capture(calls: int) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # XLA's threads are not ours
-            for i in range(calls):
-                call(i % sets)
-
+    def repeat(times: int) -> Callable[[], object]:
         def replay() -> None:
-            graph.replay()
+            for _ in range(times):
+                graph.replay()
             torch.cuda.synchronize()
 
         return replay
@@ -73,8 +70,11 @@ def captured(torch: Any, call: Callable[[int], Any], inputs: DenseInputs | Spars
     with torch.cuda.stream(stream):
         call(0)
     torch.cuda.synchronize()
-    short, long = inputs.chain
-    return Chain(capture(short), capture(long), long - short, result)
+    calls, times = inputs.chain[0], repeats(inputs.chain)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # XLA's threads are not ours
+        for i in range(calls):
+            call(i % sets)
+    return Chain(repeat(1), repeat(times), (times - 1) * calls, result)
 
 
 def load_flashmla() -> tuple[Any, Any]:

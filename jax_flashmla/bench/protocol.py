@@ -1,7 +1,7 @@
 """The one way in which everything is timed: chains of calls, two modes, the clock beside them, and the run's ceilings.
 
 A contender runs a short and a long chain of calls back to back; the difference of the two is time on the device, and
-what it costs to launch a chain cancels out. Contenders take turns in rotating order, because who goes first after a
+what it costs to begin and to wait cancels out. Contenders take turns in rotating order, because who goes first after a
 pause finds a cool card.
 """
 
@@ -115,8 +115,8 @@ def set_environment() -> None:
 def chain_lengths(seconds: float, small: bool = False, most: int = 256) -> tuple[int, int]:
     """Calls in the short and the long chain, for calls of about that long: a long chain takes a few milliseconds.
 
-    XLA captures chains of five calls and more. Calls of half a millisecond hide their launches without a graph. JAX
-    takes some hundred microseconds to start a chain, give or take a hundred: over 64 calls that is 2 µs a call.
+    XLA captures programs of five calls and more. Calls of half a millisecond hide their launches without a graph. JAX
+    takes some hundred microseconds to start a program, give or take a hundred: over 64 calls that is 2 µs a call.
     """
     if small:
         return 1, 3
@@ -126,25 +126,40 @@ def chain_lengths(seconds: float, small: bool = False, most: int = 256) -> tuple
     return max(6, long // 4), long
 
 
-def jitted(call: Callable[..., jax.Array], operands: Any, lengths: tuple[int, int]) -> Chain:
-    """Chains inside one jit. `call(i, previous, *operands)` returns one number, and is to differ from other calls in
+def program(call: Callable[..., jax.Array], operands: Any, calls: int) -> Callable[[], jax.Array]:
+    """One jit of so many calls. `call(i, previous, *operands)` returns one number, and is to differ from other calls in
     something that XLA cannot see through, or two of them are merged.
 
     One small array of them comes back: wrapping an array for the user takes the host ten microseconds.
     """
 
-    def compiled(calls: int) -> Callable[[], object]:
-        def run(*operands: Any) -> jax.Array:
-            numbers = [jnp.zeros((), jnp.float32)]
-            for i in range(calls):
-                numbers.append(call(i, numbers[-1], *operands).astype(jnp.float32))
-            return jnp.stack(numbers[1:])
+    def run(*operands: Any) -> jax.Array:
+        numbers = [jnp.zeros((), jnp.float32)]
+        for i in range(calls):
+            numbers.append(call(i, numbers[-1], *operands).astype(jnp.float32))
+        return jnp.stack(numbers[1:])
 
-        executable = jax.jit(run).lower(*operands).compile()
-        return lambda: jax.block_until_ready(executable(*operands))
+    executable = jax.jit(run).lower(*operands).compile()
+    return lambda: executable(*operands)
 
+
+def jitted(call: Callable[..., jax.Array], operands: Any, lengths: tuple[int, int]) -> Chain:
+    """A program for each chain: for calls of which as many as a program may have are over before the host has launched
+    the next one. Launches show, up to a microsecond a call."""
+    short, long = (program(call, operands, calls) for calls in lengths)
+    return Chain(lambda: jax.block_until_ready(short()), lambda: jax.block_until_ready(long()), lengths[1] - lengths[0])
+
+
+def repeated(call: Callable[..., jax.Array], operands: Any, lengths: tuple[int, int]) -> Chain:
+    """One program of the short chain's calls, run once or some times, one behind the other: launches of the next hide
+    behind the one before, as in a model."""
+    return dispatched(program(call, operands, lengths[0]), (1, repeats(lengths)), per_run=lengths[0])
+
+
+def repeats(lengths: tuple[int, int]) -> int:
+    """How often the long chain runs what the short one runs once."""
     short, long = lengths
-    return Chain(compiled(short), compiled(long), long - short)
+    return max(2, long // short)
 
 
 def dispatched(run: Callable[[], Any], lengths: tuple[int, int], per_run: int = 1) -> Chain:
@@ -193,7 +208,7 @@ def measure(
             chain = chains[name]
             sleep(mode.pause)
             start = clock()
-            chain.long()  # wakes the card, and lets XLA write the addresses of this turn into its two graphs
+            chain.long()  # wakes the card, and lets XLA write the addresses of this turn into its graphs
             chain.short()
             while clock() - start < mode.warm:
                 chain.long()

@@ -12,7 +12,7 @@ from .. import flash_mla_with_kvcache
 from . import cases, peers
 from .cases import D_V, SparseDecodeCase, SparseInputs
 from .dense_decode import scale
-from .protocol import Chain, Setup, Work, chain_lengths, jitted
+from .protocol import Chain, Setup, Work, chain_lengths, repeated
 
 NAMES, QUICK, PEERS = cases.SPARSE_DECODE, cases.SPARSE_DECODE_QUICK, peers.SPARSE_DECODE
 BESIDE: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ def ours(inputs: SparseInputs, attend: Callable[..., tuple[jax.Array, ...]]) -> 
 
     one = jax.jit(functools.partial(attend, usual))
     first = inputs.q[0], inputs.keys, inputs.indices[0]
-    chain = jitted(call, (inputs.q, inputs.keys, inputs.indices), inputs.chain)
+    chain = repeated(call, (inputs.q, inputs.keys, inputs.indices), inputs.chain)
     return chain._replace(result=lambda: peers.ends(one(*first)[0]))
 
 
