@@ -50,8 +50,13 @@ class CacheCase(NamedTuple):
         return float(self.t) * (2 * self.head_dim + kvcache.FORMATS[self.format].token_bytes)
 
     @property
+    def seconds(self) -> float:
+        """About what a call takes, to choose the length of a chain."""
+        return self.bytes / 3e12 + 3e-6
+
+    @property
     def calls(self) -> tuple[int, int]:
-        return chain_lengths(self.bytes / 3e12 + 3e-6, most=64)  # XLA takes a minute to compile more of its own
+        return chain_lengths(self.seconds, most=64)  # XLA takes a minute to compile more of its own
 
 
 def slots_of(case: CacheCase, sets: int) -> tuple[int, np.ndarray]:
