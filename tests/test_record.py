@@ -185,16 +185,16 @@ def test_all_targets_are_registered_with_both_stages(xla):
 
 def test_a_launch_is_recorded_and_updated(xla):
     _, record = xla.handlers[ops.append.target]
-    assert not xla.record(record, *append_operands(100))
+    assert not xla.record(record, *append_operands(102))
     ((event, name, image, dims, smem, (params,)),) = xla.events
     assert event == "create" and "append_kernel" in name and smem == 0 and xla.num_commands.value == 1
     assert image[:4] == b"\x50\xed\x55\xba" and len(image) > 1000
     assert (dims.grid_y, dims.grid_z, dims.block_y, dims.block_z) == (1, 1, 1, 1)
-    assert dims.grid_x * dims.block_x == 32 * 104  # a warp has a token, a CTA eight of them
+    assert dims.grid_x * dims.block_x == 32 * 104  # a warp has a token, a CTA four of them
     assert (dims.cluster_x, dims.cluster_y, dims.cluster_z) == (0, 0, 0)
     for address in (0x1000, 0x2000, 0x3000, 0x4000):
         assert address.to_bytes(8, "little") in params
-    assert not xla.record(record, *append_operands(100, latent=0x5000), update=True)
+    assert not xla.record(record, *append_operands(102, latent=0x5000), update=True)
     event, command, (moved,) = xla.events[-1]
     assert (event, command, len(moved)) == ("update", 0xC0, len(params))
     assert moved == params.replace((0x2000).to_bytes(8, "little"), (0x5000).to_bytes(8, "little"))
