@@ -1,6 +1,6 @@
 // Times the variants that variants.py compiled in, in turns, in plain launches, one behind another: no JAX, graph or pause, so that a long case runs at the
-// card's power limit. Outputs of a case are compared with those of the first variant. Median µs a call, and the clock that SMs really had meanwhile: under load
-// it is far below what NVML reports.
+// card's power limit. Outputs of a case are compared with those of the first variant. Median µs a call, and the clock that SMs really had meanwhile: NVML lags
+// by more than a short case takes.
 //
 //   time [--rounds 9] [--ms 15] [CASE ...]     dense_decode:b,s_q,h_q,s_k[,in_order]  sparse_decode:b,s_q,h_q,s_k,topk  sparse_prefill:s_q,s_kv,topk,d_qk,h_q
 //
