@@ -22,6 +22,7 @@ import numpy as np
 
 GIB = 2**30
 READERS = ("read: rows", "read: all")
+HIDES = 0.5e-3  # seconds of work of the device behind which the next launch of the host does not show
 
 
 class Chain(NamedTuple):
@@ -115,12 +116,12 @@ def set_environment() -> None:
 def chain_lengths(seconds: float, small: bool = False, most: int = 256) -> tuple[int, int]:
     """Calls in the short and the long chain, for calls of about that long: a long chain takes a few milliseconds.
 
-    XLA captures programs of five calls and more. Calls of half a millisecond hide their launches without a graph. JAX
+    XLA captures programs of five calls and more. Long calls hide their launches without a graph. JAX
     takes some hundred microseconds to start a program, give or take a hundred: over 64 calls that is 2 µs a call.
     """
     if small:
         return 1, 3
-    if seconds > 0.5e-3:
+    if seconds > HIDES:
         return 1, 4
     long = min(most, max(18, round(4e-3 / seconds)))
     return max(6, long // 4), long
