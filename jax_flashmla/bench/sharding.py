@@ -15,7 +15,7 @@ from .. import flash_mla_with_kvcache, get_mla_metadata
 from ..sharding import MLAMesh
 from . import cases, dense_decode, peers
 from .cases import D_QK, D_V, DenseCase
-from .protocol import Chain, Setup, Work, chain_lengths
+from .protocol import Chain, Setup, Work, chain_lengths, dispatched, repeats
 
 ROLES = ("heads", "context")
 COUNTS = (1, 2, 4, 8)
@@ -78,8 +78,10 @@ def make_inputs(case: Case) -> tuple[Inputs, Inputs]:
     return Inputs(q, pool, jnp.asarray(table + local * owner), lengths), Inputs(q, pool, jnp.asarray(table), lengths)
 
 
-def chained(case: Case, attend: Callable[..., tuple[jax.Array, jax.Array]], plan: Any, inputs: Inputs, small: bool):
-    """Chains inside one jit. What is kept of a call is small, but needs all of it.
+def chained(
+    case: Case, attend: Callable[..., tuple[jax.Array, jax.Array]], plan: Any, inputs: Inputs, small: bool
+) -> Chain:
+    """One jit of some calls, run some times. What is kept of a call is small, but needs all of it.
 
     With a context axis a call waits for the one before, as a layer does: XLA would join sums that are independent.
     """
@@ -89,23 +91,22 @@ def chained(case: Case, attend: Callable[..., tuple[jax.Array, jax.Array]], plan
         options = {"softmax_scale": dense_decode.scale(i), "causal": dense.causal}
         return attend(q, pool, table, lengths, D_V, *plan, **options)
 
-    def compiled(calls: int) -> Callable[[], object]:
-        def run(q: jax.Array, *rest: Any) -> Any:
-            kept = []
-            for i in range(calls):
-                out, lse = call(i, q, *rest)
-                if whole:
-                    q = q + 1e-30 * out[..., :1]
-                kept.append(lse)
-            return functools.reduce(jnp.add, kept), q[..., :1]
+    lengths = chain_lengths(dense_decode.seconds(dense) / case.devices + 1e-5, small)
+    calls = lengths[0]
 
-        executable = jax.jit(run).lower(*inputs, plan).compile()
-        return lambda: jax.block_until_ready(executable(*inputs, plan))
+    def run(q: jax.Array, *rest: Any) -> Any:
+        kept = []
+        for i in range(calls):
+            out, lse = call(i, q, *rest)
+            if whole:
+                q = q + 1e-30 * out[..., :1]
+            kept.append(lse)
+        return functools.reduce(jnp.add, kept), q[..., :1]
 
-    short, long = chain_lengths(dense_decode.seconds(dense) / case.devices + 1e-5, small)
+    executable = jax.jit(run).lower(*inputs, plan).compile()
     first = jax.jit(functools.partial(call, 0))
-    result = lambda: peers.ends(jax.device_get(first(*inputs, plan)[0]))  # noqa: E731
-    return Chain(compiled(short), compiled(long), long - short, result)
+    chain = dispatched(lambda: executable(*inputs, plan), (1, repeats(lengths)), per_run=calls)
+    return chain._replace(result=lambda: peers.ends(jax.device_get(first(*inputs, plan)[0])))
 
 
 def one_device(case: Case, inputs: Inputs, setup: Setup) -> Chain:
