@@ -19,7 +19,7 @@ import numpy as np
 from .. import kvcache
 from ..kvcache.rows import fp8_format
 from .cases import D_QK, D_V, DenseInputs, SparseInputs
-from .protocol import Chain, Unsupported, jitted, repeats
+from .protocol import Chain, Unsupported, jitted, replayed
 
 Make = Callable[[DenseInputs], Chain]
 MakeSparse = Callable[[SparseInputs], Chain]
@@ -54,14 +54,6 @@ def captured(torch: Any, call: Callable[[int], Any], inputs: DenseInputs | Spars
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
 
-    def repeat(times: int) -> Callable[[], object]:
-        def replay() -> None:
-            for _ in range(times):
-                graph.replay()
-            torch.cuda.synchronize()
-
-        return replay
-
     def result() -> np.ndarray:
         out = call(0).reshape(*inputs.q[0].shape[:-1], D_V)
         return np.asarray(out[[0, -1]].float().cpu().numpy())
@@ -70,11 +62,10 @@ def captured(torch: Any, call: Callable[[int], Any], inputs: DenseInputs | Spars
     with torch.cuda.stream(stream):
         call(0)
     torch.cuda.synchronize()
-    calls, times = inputs.chain[0], repeats(inputs.chain)
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # XLA's threads are not ours
-        for i in range(calls):
+        for i in range(inputs.chain[0]):
             call(i % sets)
-    return Chain(repeat(1), repeat(times), (times - 1) * calls, result)
+    return replayed(graph.replay, inputs.chain, wait=lambda _: torch.cuda.synchronize())._replace(result=result)
 
 
 def load_flashmla() -> tuple[Any, Any]:

@@ -154,7 +154,14 @@ def jitted(call: Callable[..., jax.Array], operands: Any, lengths: tuple[int, in
 def repeated(call: Callable[..., jax.Array], operands: Any, lengths: tuple[int, int]) -> Chain:
     """One program of the short chain's calls, run once or some times, one behind the other: launches of the next hide
     behind the one before, as in a model."""
-    return dispatched(program(call, operands, lengths[0]), (1, repeats(lengths)), per_run=lengths[0])
+    return replayed(program(call, operands, lengths[0]), lengths)
+
+
+def replayed(
+    run: Callable[[], Any], lengths: tuple[int, int], wait: Callable[[Any], object] = jax.block_until_ready
+) -> Chain:
+    """The chains of `repeated` for what makes the short chain's calls already."""
+    return dispatched(run, (1, repeats(lengths)), per_run=lengths[0], wait=wait)
 
 
 def repeats(lengths: tuple[int, int]) -> int:
@@ -163,8 +170,14 @@ def repeats(lengths: tuple[int, int]) -> int:
     return max(2, long // short)
 
 
-def dispatched(run: Callable[[], Any], lengths: tuple[int, int], per_run: int = 1) -> Chain:
-    """Chains of separate launches, for runs so long that the host keeps ahead of the device."""
+def dispatched(
+    run: Callable[[], Any],
+    lengths: tuple[int, int],
+    per_run: int = 1,
+    wait: Callable[[Any], object] = jax.block_until_ready,
+) -> Chain:
+    """Chains of separate launches, for runs so long that the host keeps ahead of the device. `wait` is given the last
+    run's result."""
 
     def repeat(runs: int) -> Callable[[], object]:
         def all_runs() -> None:
@@ -172,7 +185,7 @@ def dispatched(run: Callable[[], Any], lengths: tuple[int, int], per_run: int = 
             for _ in range(runs):
                 del last  # its memory is free for this run, whose graph finds all addresses as they were
                 last = run()
-            jax.block_until_ready(last)
+            wait(last)
 
         return all_runs
 

@@ -15,7 +15,7 @@ from .. import flash_mla_with_kvcache, get_mla_metadata
 from ..sharding import MLAMesh
 from . import cases, dense_decode, peers
 from .cases import D_QK, D_V, DenseCase
-from .protocol import Chain, Setup, Work, chain_lengths, dispatched, repeats
+from .protocol import Chain, Setup, Work, chain_lengths, replayed
 
 ROLES = ("heads", "context")
 COUNTS = (1, 2, 4, 8)
@@ -91,12 +91,11 @@ def chained(
         options = {"softmax_scale": dense_decode.scale(i), "causal": dense.causal}
         return attend(q, pool, table, lengths, D_V, *plan, **options)
 
-    lengths = chain_lengths(dense_decode.seconds(dense) / case.devices + 1e-5, small)
-    calls = lengths[0]
+    calls = chain_lengths(dense_decode.seconds(dense) / case.devices + 1e-5, small)
 
     def run(q: jax.Array, *rest: Any) -> Any:
         kept = []
-        for i in range(calls):
+        for i in range(calls[0]):
             out, lse = call(i, q, *rest)
             if whole:
                 q = q + 1e-30 * out[..., :1]
@@ -105,7 +104,7 @@ def chained(
 
     executable = jax.jit(run).lower(*inputs, plan).compile()
     first = jax.jit(functools.partial(call, 0))
-    chain = dispatched(lambda: executable(*inputs, plan), (1, repeats(lengths)), per_run=calls)
+    chain = replayed(lambda: executable(*inputs, plan), calls)
     return chain._replace(result=lambda: peers.ends(jax.device_get(first(*inputs, plan)[0])))
 
 
