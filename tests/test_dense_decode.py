@@ -342,6 +342,37 @@ def test_unsplit_layers_wait_for_each_other():
         assert_same_bits(step(inputs)[:1], [out])
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("one", (4096,), h_q=16),
+        Case("four", (4096,) * 4, h_q=128),
+        Case("sixteen", (4096,) * 16, h_q=20, d_qk=512, dtype="float16"),
+        Case("unlike", (*IRREGULAR, 9000, 30000), h_q=40, s_q=2, causal=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_partial_results_of_one_call_are_not_taken_for_those_of_the_next(case):
+    """Combine takes them while the kernel that leaves them runs, and the last call's were in the same memory."""
+    inputs = on_gpu(testing.make_inputs(case))
+    rng = np.random.default_rng(0)
+    queries = [jnp.asarray(rng.standard_normal(inputs.q.shape), inputs.q.dtype) for _ in range(16)]
+    alone = [jax.device_get(decode(inputs._replace(q=q), case.causal, batch_invariant=False)) for q in queries]
+    assert get_mla_metadata(inputs.cache_seqlens, case.s_q * case.h_q, 1)[1][-1] > 0
+
+    @jax.jit
+    def all_of(inputs, queries):
+        plan = get_mla_metadata(inputs.cache_seqlens, case.s_q * case.h_q, 1)
+        return [
+            flash_mla_with_kvcache(q, *inputs[1:], 512, *plan, causal=case.causal, implementation="cuda")
+            for q in queries
+        ]
+
+    for _ in range(20):
+        for got, expected in zip(all_of(inputs, queries), alone, strict=True):
+            assert_same_bits(got, expected)
+
+
 def test_scan_and_loop():
     inputs = on_gpu(testing.make_inputs(BY_NAME["edges_causal_2"]))
 

@@ -76,9 +76,12 @@ struct Cta {
     const int blocks = (keys + kBlockTokens - 1) / kBlockTokens;
     w.end = at == part.end_seq ? min(part.end_block, blocks) : blocks;
     w.begin = min(first_block(at), max(w.end, 0));
-    const int first = p.num_splits ? p.num_splits[seq] : 0, partials = p.num_splits ? p.num_splits[seq + 1] - first : 0;
-    w.slot = partials > 0 ? first + (at == part.begin_seq ? part.begin_split : 0) : -1;
+    w.slot = slot(at, seq);
     return w;
+  }
+  __device__ int slot(int at, int seq) const {
+    const int first = p.num_splits ? p.num_splits[seq] : 0, partials = p.num_splits ? p.num_splits[seq + 1] - first : 0;
+    return partials > 0 ? first + (at == part.begin_seq ? part.begin_split : 0) : -1;
   }
 };
 

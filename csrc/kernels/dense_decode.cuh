@@ -64,7 +64,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
   const int tokens = min(p.page_size, kBlockTokens);  // a copy stays within a page
   if (warp == 0 && lane < 2 * Tr::kFullBarriers) barrier_init((&smem.k_full[0][0])[lane], 1);
   if (warp == 1 && lane < 4) barrier_init((&smem.k_empty[0][0])[lane], 4);
-  if (warp == 2 && lane == 0) barrier_init(smem.q_full, 4);
+  if (warp == 2 && lane == 0) barrier_init(smem.q_full, 4), barrier_init(smem.announced, 4);
   if (warp == 3 && lane == 0) barrier_init(smem.q_empty, 8);
   if (lane == 0) tma_prefetch_map(last ? k_map : q_map);
   barrier_init_fence();
@@ -96,6 +96,17 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
     // All CTAs of a card start at once, and the memory is the bottleneck until their slots are full: slot 0 goes first, so that work can begin. The barrier is
     // not a phase further by then: the right half of slot 0 is refilled only after slot 1 was read.
     if (slot == 1 && at == part.begin_seq && w.begin + 1 < w.end) barrier_wait(smem.k_full[0][1], 0);
+    // Combine takes an SM when it is free, and waits there for partial results: it may when a last piece is short, or what is left of it. Never before this
+    // kernel's own wait, because it reads the plan at once, nor before what it could take for partial results is gone; a thread that has asked for keys has the
+    // time to see to that.
+    bool starts_combine = warp == 2 && at == cta.last_seq();
+    auto start_combine = [&](int blocks) {
+      if (!starts_combine || blocks > kShortPiece) return;
+      barrier_wait(smem.announced, 0);
+      __threadfence();
+      let_successor_start();
+      starts_combine = false;
+    };
     for (int block = w.begin + slot; block < w.end; block += 2) {
       barrier_wait(smem.k_empty[slot][half], k_phase);
       k_phase ^= 1;
@@ -105,20 +116,22 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
       if constexpr (Tr::kRope)
         if (last) load_k<1>(rope_map, smem.k_full[slot][2], smem.k[slot][2 * Tr::kHalf], p, pages, block, tokens, t + 2 * Tr::kHalf);
       if (block + 2 < w.end) pages = load_pages(p, w, block + 2, tokens);
+      start_combine(w.end - block);
     }
+    start_combine(0);
   }
 }
 
 // ---- before the predecessor ends -----------------------------------------------------------------------------------------------------------------
 
-// Brings this CTA's first keys to L2 while memory has little else to do: a lane for each copy of the two slots.
+// Brings this CTA's first block of keys to L2 while memory has little else to do: a lane for each copy.
 template <class Tr>
 __device__ __forceinline__ void prefetch_keys(const CUtensorMap& k_map, const CUtensorMap& rope_map, const DenseDecodeParams& p, int lane) {
-  const int slot = lane / 4 / Tr::kFullBarriers, piece = lane / 4 % Tr::kFullBarriers, tokens = min(p.page_size, kBlockTokens);
-  if (slot > 1 || lane % 4 * tokens >= kBlockTokens || blockIdx.x > 0) return;  // row tiles share keys
+  const int piece = lane / 4, tokens = min(p.page_size, kBlockTokens);
+  if (piece >= Tr::kFullBarriers || lane % 4 * tokens >= kBlockTokens || blockIdx.x > 0) return;  // row tiles share keys
   const Part part = load_part<true>(p, true);
   if (part.begin_seq >= p.b) return;
-  const int token = (min(max(part.begin_block, 0), p.max_len / kBlockTokens) + slot) * kBlockTokens + lane % 4 * tokens;
+  const int token = min(max(part.begin_block, 0), p.max_len / kBlockTokens) * kBlockTokens + lane % 4 * tokens;
   const int column = token >> (__ffs(p.page_size) - 1);
   if (column >= p.max_pages) return;
   const int page = read_early(p.block_table[int64_t(part.begin_seq) * p.max_pages + column]);

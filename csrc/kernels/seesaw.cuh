@@ -26,6 +26,7 @@
 #include "hopper/barrier.cuh"
 #include "hopper/gather.cuh"
 #include "hopper/launch.cuh"
+#include "hopper/relaxed.cuh"
 #include "hopper/warp.cuh"
 #include "hopper/wgmma.cuh"
 #include "kernels/decode_work.cuh"
@@ -101,6 +102,7 @@ struct alignas(1024) Storage {
   const void* rows[2][Tr::kAsked ? 64 : 1];     // where the codes of a slot's next block are
   Barrier k_full[2][Tr::kFullBarriers], k_empty[2][2], q_full, q_empty;
   Barrier k_rows[2], k_staged[2][4];  // rows[] is there; a gathering warp's codes are
+  Barrier announced;                  // announce_partials is done
 };
 static_assert(sizeof(Storage<Traits<__half, 576, Keys::kPaged>>) <= 232448 && sizeof(Storage<Traits<__half, 576, Keys::kCopied, true>>) <= 232448 &&
                   sizeof(Storage<Traits<__half, 576, Keys::kConverted, true>>) <= 232448,
@@ -175,6 +177,21 @@ __device__ __forceinline__ void load_rope(uint32_t (&q_rope)[16], const Cta& cta
   load_fragment(q_rope, index0 < 0 ? nullptr : q + int64_t(index0) * cta.p.d_qk, index1 < 0 ? nullptr : q + int64_t(index1) * cta.p.d_qk, lane);
 }
 
+// Marks the partial results of this CTA as absent (partial.cuh), of which only a part's first and last piece have any. By warpgroup 1, whose scores come
+// second.
+__device__ __forceinline__ void announce_partials(const DecodeParams& p, const Cta& cta, int warp, int lane) {
+  const int row = cta.row0() + kFragmentRows * warp;
+  for (int at = cta.part.begin_seq; at <= cta.last_seq(); at = max(at + 1, cta.last_seq())) {
+    const int slot = cta.slot(at, cta.sequence(at));
+    if (slot < 0 || slot >= p.slots || row >= p.rows) continue;
+    const uint4 absent = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
+    uint4* out = partial_fragments(p, slot, cta.kv_head(), row / kFragmentRows);
+#pragma unroll
+    for (int i = 0; i < kRowFragments * kFragmentLanes / kLineUnits / 32; ++i) store_relaxed(out + (32 * i + lane) * kLineUnits + kLineUnits - 1, absent);
+    if (lane < kFragmentRows && row + lane < p.rows) store_relaxed(reinterpret_cast<uint4*>(partial_stats(p, slot, cta.kv_head(), row + lane)), absent);
+  }
+}
+
 template <class Tr, class Params>
 __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int wg, int warp, int lane) {
   using T = typename Tr::T;
@@ -223,6 +240,10 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       __syncwarp();
     }
   };
+  if (!Tr::kGathered && wg == 1) {
+    announce_partials(p, cta, warp, lane);
+    arrive(smem.announced);
+  }
   auto rescale = [&] {
     pin(o);
     scale_rows(o, factor);
@@ -246,8 +267,8 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     const int seq = Tr::kGathered ? at : w.seq;
     const int next_blocks = Tr::kAsked ? smem.next_blocks : 0;
     // Combine takes an SM when it is free, and waits there for the end of this kernel: early, where launching it would show. Never before this kernel's own
-    // wait: combine reads the plan at once.
-    if (at == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
+    // wait: combine reads the plan at once. In dense decode a producer sees to it.
+    if (Tr::kGathered && at == cta.last_seq() && w.end - w.begin <= kShortPiece) let_successor_start();
 #pragma unroll
     for (int r = 0; r < 2; ++r) reference[r] = largest[r] = -INFINITY, sum[r] = 0.f;
     const int limit[2] = {cta.keys_of(w.len, token[0]), cta.keys_of(w.len, token[1])};
@@ -418,7 +439,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     }
 
     if (Tr::kAsked && wg == 0 && next_blocks > 0) ask(0);
-    if (at == cta.last_seq()) let_successor_start();
+    if (Tr::kGathered && at == cta.last_seq()) let_successor_start();
     // Both warpgroups hold the same reference; each summed its own blocks.
     auto& row_sum = smem.row_sum[q_phase];  // double-buffered: the other warpgroup may still be reading the last piece's
 #pragma unroll
@@ -450,7 +471,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         if (w.slot < 0)
           p.lse[lse_index(p, seq, own - token[r] * p.h_q, token[r])] = any ? lse * kLn2 : -INFINITY;
         else if (w.slot < p.slots)
-          reinterpret_cast<float2&>(*partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r])) = make_float2(reference[r], total);
+          store_relaxed(reinterpret_cast<float2*>(partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r])), make_float2(reference[r], total));
         if constexpr (Tr::kPrefill) {
           const float logit = fmaxf(largest[r], smem.reference[1][tile_row[r]]) * scale_log2 * kLn2;
           if (w.slot < p.slots) (w.slot < 0 ? p.max_logits + int64_t(seq) * p.h_q : p.partial_max + int64_t(w.slot) * p.h_q)[own] = logit;
@@ -468,13 +489,14 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       partial_scales(o, scale);
       const int own = lane_again(), row = cta.row0() + 16 * warp + own / 4;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        inverse[r] = reciprocal_fast(scale[r]);
-        if (row + 8 * r < p.rows && (own & 3) == 0) partial_stats(p, w.slot, cta.kv_head(), row + 8 * r)->scale[wg] = scale[r];
-      }
+      for (int r = 0; r < 2; ++r) inverse[r] = reciprocal_fast(scale[r]);
       uint4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + own;
 #pragma unroll
-      for (int i = 0; i < kRowFragments / 2; ++i) out[i * kFragmentLanes] = pack_partial(o + 8 * i, inverse);
+      for (int i = 0; i < kRowFragments / 2; ++i) store_relaxed(out + i * kFragmentLanes, pack_partial(o + 8 * i, inverse));
+      // Last, because it is what combine looks at first.
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (row + 8 * r < p.rows && (own & 3) == 0) store_relaxed(&partial_stats(p, w.slot, cta.kv_head(), row + 8 * r)->scale[wg], scale[r]);
     }
     if (Tr::kAsked && wg == 1 && next_blocks > 1) ask(1);  // not earlier: its rows come behind the codes of the block before
   }

@@ -6,6 +6,7 @@
 // that a batch-invariant plan gives batch-invariant bits.
 //
 // Its time is latency. CTAs are on their SMs before the decode kernel ends, two at most, and by then know what to load; a warp asks for everything at once.
+// Behind dense decode it does so as soon as its own splits are there, which costs less than the end of a kernel does.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -17,6 +18,7 @@
 #include "attention/finish.cuh"
 #include "attention/softmax.cuh"
 #include "hopper/launch.cuh"
+#include "hopper/relaxed.cuh"
 #include "hopper/warp.cuh"
 #include "splitkv/combine.h"
 #include "splitkv/partial.cuh"
@@ -24,6 +26,8 @@
 namespace jax_flashmla {
 namespace {
 
+// How often a warp looks for what is absent before it waits for the end of the decode kernel: a plan that is made up may promise what never comes.
+constexpr int kPatience = 1000;
 constexpr int kWarps = 8, kThreads = kWarps * 32, kCtasPerSm = 2, kMaxCtas = kCtasPerSm * 132;
 
 // What warps that share a fragment tell each other: of rows, and each lane's numbers.
@@ -72,30 +76,36 @@ struct Sum {
 
 // Job `job` of 16 rows of a sequence.
 template <class T, class Params>
-__device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, int group, int first_slot, int splits, int most, int job, Storage& smem) {
+__device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, int group, int first_slot, int splits, int most, int job, int& patience,
+                                        Storage& smem) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-  const int fragments = warp_fragments(splits, most), sharers = sharers_of(splits), sharer = warp & (sharers - 1);
+  const int sharers = sharers_of(splits), sharer = warp & (sharers - 1);
+  int fragments = warp_fragments(splits, most);
   const int own = (splits - sharer + sharers - 1) / sharers;  // splits that this warp adds
   const int fragment = (job * kWarps + warp) / sharers * fragments, half = fragment / (kRowFragments / 2);
-  // The sixteen loads are four times four of this warp's splits: of a fragment each, of two fragments by pairs, or of one.
-  const int64_t step = sharers * (partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0)), stats_step = int64_t(sharers) * p.h_kv * p.rows;
-  const int quad_splits = fragments == 4 ? 0 : 4, pair_splits = fragments == 1 ? 8 : 0;
-  const int64_t quad = fragments == 4 ? kFragmentLanes : 4 * step, pair = fragments == 1 ? 8 * step : fragments / 2 * kFragmentLanes;
+  int64_t step = sharers * (partial_fragments(p, 1, 0, 0) - partial_fragments(p, 0, 0, 0));
+  int stats_step = sharers * p.h_kv * p.rows;
   const uint4* partials = partial_fragments(p, first_slot + sharer, kv_head, group) + fragment * kFragmentLanes + lane;
   // What splits tell of their rows: the halves of the warp look at every second split, each lane at one row.
   const int own_row = group * kFragmentRows + lane % kFragmentRows;
   const PartialStats* stats = partial_stats(p, first_slot + sharer, kv_head, own_row);
-  int row[2], index[2];
+  int index[2];  // -1: past the last row
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    row[r] = group * kFragmentRows + lane / 4 + 8 * r;
-    index[r] = row[r] / p.group * p.h_q + kv_head * p.group + row[r] % p.group;
+    const int row = group * kFragmentRows + lane / 4 + 8 * r;
+    index[r] = row < p.rows ? row / p.group * p.h_q + kv_head * p.group + row % p.group : -1;
   }
-  wait_for_predecessor();
+  if constexpr (kSparse<Params>) wait_for_predecessor();
+  // Whether to look again, behind the end of the decode kernel for the last time.
+  auto wait = [&](bool absent) {
+    if (patience < 0 || !__any_sync(~0u, absent)) return false;
+    if (patience-- == 0) wait_for_predecessor();
+    return true;
+  };
 
   float top = -INFINITY, total = 0.f;  // of row lane % 16: the largest reference and the sum
   Sum before, sum[4];                  // of earlier rounds, and of the four loads
-  int64_t turn = 0;
+  int turn = 0;
 #pragma unroll 1
   // Every warp comes here once at least. `known`: of the splits that are left, those that tell of this lane's row; none where it is past the last.
   for (int rest = own, known = own_row < p.rows ? own : 0; rest > 0; rest -= 16, known -= 16, ++turn) {
@@ -103,20 +113,37 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
       float reference, sum, scale;  // the scale of the fragments' half; it becomes a weight
     } of[8];
     uint4 batch[4][4];
+    // At first by one number of each split, so that those who wait are in nobody's way.
+    const float* sign = &stats[int64_t(16 * turn + lane) * stats_step - lane % kFragmentRows].scale[half];
+    while (!kSparse<Params> && wait(__float_as_uint(load_relaxed(sign, lane < min(rest, 16))) == kAbsent)) continue;
+    bool again;
+    do {
+      keep_inside(step, stats_step, fragments, turn);  // the addresses below: there are no registers for them
+      // The sixteen loads are four times four of this warp's splits: of a fragment each, of two fragments by pairs, or of one.
+      const int quad_splits = fragments == 4 ? 0 : 4, pair_splits = fragments == 1 ? 8 : 0;
+      const int64_t quad = fragments == 4 ? kFragmentLanes : 4 * step, pair = fragments == 1 ? 8 * step : fragments / 2 * kFragmentLanes;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int split = i / 4 * pair_splits + i / 2 % 2 * quad_splits + i % 2 * 2 + lane / kFragmentRows;
-      const PartialStats* from = stats + (16 * turn + split) * stats_step;
-      auto& [m, l, scale] = of[i];
-      m = -INFINITY, l = scale = 0.f;
-      if (split < known) m = from->reference, l = from->sum, scale = from->scale[half];
-    }
+      for (int i = 0; i < 8; ++i) {
+        const int split = i / 4 * pair_splits + i / 2 % 2 * quad_splits + i % 2 * 2 + lane / kFragmentRows;
+        const PartialStats* from = stats + int64_t(16 * turn + split) * stats_step;
+        auto& [m, l, scale] = of[i];
+        m = -INFINITY, l = scale = 0.f;
+        if (split < known) m = from->reference, l = from->sum, scale = from->scale[half];
+      }
 #pragma unroll
-    for (int a = 0; a < 4; ++a) {
-      const uint4* from = partials + (16 * turn * step + a / 2 * pair + a % 2 * quad);
+      for (int a = 0; a < 4; ++a) {
+        const uint4* from = partials + (16 * turn * step + a / 2 * pair + a % 2 * quad);
 #pragma unroll
-      for (int b = 0; b < 4; ++b, from += step) batch[a][b] = a / 2 * pair_splits + a % 2 * quad_splits + b < rest ? *from : uint4{};
-    }
+        for (int b = 0; b < 4; ++b, from += step) batch[a][b] = load_relaxed(from, a / 2 * pair_splits + a % 2 * quad_splits + b < rest);
+      }
+      uint32_t largest = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest = max(largest, max(__float_as_uint(of[i].reference), __float_as_uint(of[i].scale)));
+#pragma unroll
+      for (int i = 0; i < 16; ++i) largest = max(largest, batch[i / 4][i % 4].w);
+      again = wait(largest == kAbsent);
+      if (again) __threadfence();  // L1, by which the warps share what splits tell of rows, may have it as it was
+    } while (again);
     const float old = top;
 #pragma unroll
     for (int i = 0; i < 8; ++i) top = fmaxf(top, of[i].reference);
@@ -135,7 +162,7 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
       sum[a] = {};
-      if (a / 2 * pair_splits + a % 2 * quad_splits >= rest) continue;
+      if (a / 2 * (fragments == 1 ? 8 : 0) + a % 2 * (fragments == 4 ? 0 : 4) >= rest) continue;
 #pragma unroll
       for (int b = 0; b < 4; ++b) sum[a].add(OfRows(of[2 * a + b / 2].scale, lane, b % 2 * kFragmentRows), batch[a][b]);
     }
@@ -172,7 +199,7 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
   const OfRows factor(inverse, lane);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    if (row[r] >= p.rows) continue;
+    if (index[r] < 0) continue;
     auto* out =
         reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (int64_t(seq) * p.s_q * p.h_q + index[r]) * kDv + fragment * kFragmentColumns) + (lane & 3);
 #pragma unroll
@@ -200,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
   // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. A job waits for the decode kernel, and so does
   // the first CTA in any case: successors take this kernel's end for the end of all before it. The others, without a job, leave their SMs to the next kernel.
   const int lane = threadIdx.x & 31, groups = (p.rows + kFragmentRows - 1) / kFragmentRows, kv_groups = p.h_kv * groups;
-  int64_t own = blockIdx.x, before = 0;  // this CTA's next job, and the jobs of earlier sequences
+  int own = blockIdx.x, before = 0;  // this CTA's next job, and the jobs of earlier sequences
+  int patience = kSparse<Params> ? -1 : kPatience;
   const int end = p.num_splits[p.b] == 0 ? 0 : sequences;
   for (int x0 = 0; x0 < end; x0 += 32) {  // every warp looks at 32 sequences at once
     // Sequence x, or, where there are more sequences than parts, the one whose split 1 is at the start of part x + 1.
@@ -218,11 +246,11 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
     for (; own < before + all; own += gridDim.x) {
       const int from = __ffs(__ballot_sync(~0u, before + through > own)) - 1;
       auto of = [&](int value) { return __shfl_sync(~0u, value, from); };
-      const int seq_splits = of(splits), job = int(own - before) - of(through - jobs), per_group = jobs_per_group(seq_splits, most), kv_group = job / per_group;
-      combine<T>(p, of(seq), kv_group / groups, kv_group % groups, of(first), seq_splits, most, job % per_group, smem);
+      const int seq_splits = of(splits), job = own - before - of(through - jobs), per_group = jobs_per_group(seq_splits, most), kv_group = job / per_group;
+      combine<T>(p, of(seq), kv_group / groups, kv_group % groups, of(first), seq_splits, most, job % per_group, patience, smem);
       __syncthreads();  // the storage is free
     }
-    before += all;
+    before = min(before + all, 1 << 30);  // a plan that is made up may promise any number
   }
   if (blockIdx.x == 0) wait_for_predecessor();
 }

@@ -5,6 +5,10 @@
 // The output lies in memory as a warp holds it, so that it leaves in whole 512-byte stores straight from the accumulators: a fragment is 16 rows x 16
 // columns, of which lane l has as one uint4 row l/4 and row l/4 + 8 of columns 2(l%4) and + 1, then of these plus 8. The fragments of 16 rows are their 512
 // columns in order.
+//
+// Dense decode hands its partial results over while it runs (relaxed.cuh): it first marks one uint4 in every line of 128 bytes, and the numbers that rows have
+// of their own, as absent, and combine, which starts behind that, takes what is absent no more. The eight lanes that share a line store it by one
+// instruction, and it arrives as one: NCCL's protocol LL128 relies on the same. A part of a line would do, but to mark all of it costs 64 rows 1.5 µs a call.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -20,6 +24,7 @@
 namespace jax_flashmla {
 
 inline constexpr int kFragmentRows = 16, kFragmentColumns = 16, kRowFragments = kDv / kFragmentColumns, kFragmentLanes = 32;
+inline constexpr int kLineUnits = 8;  // uint4 in a line
 
 // Of a row: the reference maximum (base 2) that its output was accumulated against, its sum, and what the numbers of each output half are to be multiplied by.
 struct alignas(16) PartialStats {

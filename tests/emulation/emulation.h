@@ -278,6 +278,7 @@ cudaError_t launch(void (*kernel)(Args...), dim3 grid, dim3 block, const Args&..
 
 }  // namespace emulation
 
+inline void __threadfence() {}
 inline void __syncwarp() { emulation::warp_barrier(); }
 inline void __syncthreads() { emulation::named_barrier(0, emulation::cta->threads, true, false); }
 inline int __syncthreads_or(int value) { return emulation::named_barrier(0, emulation::cta->threads, true, value); }
