@@ -134,8 +134,8 @@ static Case parse(const char* text) {
   exit(2);
 }
 
-constexpr int kBlocks = 4096, kThreads = 256, kQuerySets = 4;
-constexpr int64_t kRotated = 400 << 20;  // bytes of keys that calls rotate over: eight times the L2 cache
+constexpr int kBlocks = 4096, kThreads = 256, kMostQuerySets = 128;
+constexpr int64_t kRotated = 400 << 20;  // bytes of keys, and of queries if so many sets will do, that calls rotate over: eight times the L2 cache
 
 struct Timing {
   double us, difference, mhz;
@@ -154,8 +154,9 @@ static std::vector<Timing> run(const Case& c, int rounds, double ms) {
   CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
   const int tiles = (rows + kRowTile - 1) / kRowTile, parts = std::max(1, sms / tiles), slots = std::max(1, parts - 1 + std::min(sequences, parts - 1));
   const int64_t all_rows = int64_t(sequences) * rows;
-  auto* q = buffers.make<__nv_bfloat16>(kQuerySets * all_rows * c.d_qk);
-  fill_normal<<<kBlocks, kThreads>>>(q, kQuerySets * all_rows * c.d_qk, 1);
+  const int query_sets = int(std::clamp<int64_t>(kRotated / (2 * all_rows * c.d_qk), 4, kMostQuerySets));
+  auto* q = buffers.make<__nv_bfloat16>(query_sets * all_rows * c.d_qk);
+  fill_normal<<<kBlocks, kThreads>>>(q, query_sets * all_rows * c.d_qk, 1);
   p.out = buffers.make<__nv_bfloat16>(all_rows * kDv);
   p.lse = buffers.make<float>(all_rows);
   p.partial_out = buffers.make<__nv_bfloat16>(int64_t(slots) * ((rows + 15) / 16 * 16) * kDv);
@@ -214,7 +215,7 @@ static std::vector<Timing> run(const Case& c, int rounds, double ms) {
     plans[v] = metadata, splits[v] = c.op == kDense || all ? num_splits : nullptr;
   }
   auto call = [&](int v, int i) {
-    p.metadata = plans[v], p.num_splits = splits[v], p.q = q + i % kQuerySets * all_rows * c.d_qk;
+    p.metadata = plans[v], p.num_splits = splits[v], p.q = q + i % query_sets * all_rows * c.d_qk;
     (c.op == kDense ? dense.block_table : sparse.sources[0].indices) = entries + i % sets * entries_of_set;
     check(kVariants[v].calls[c.op](c.op == kDense    ? static_cast<const void*>(&dense)
                                    : c.op == kSparse ? static_cast<const void*>(static_cast<const SparseDecodeParams*>(&sparse))
