@@ -241,8 +241,9 @@ def test_listed_sequences(kernels):
     "lengths, parts, page_size, h_q, h_kv, d_qk",
     [((900, 400), 5, 64, 65, 1, 576), ((900,), 4, 16, 4, 2, 512), ((700, 1300, 640, 260), 2, 256, 16, 1, 576)],
 )
-def test_first_keys_are_prefetched(kernels, lengths, parts, page_size, h_q, h_kv, d_qk):
-    """Both halves and rope of the first block of every part, once for all row tiles: each is then loaded."""
+def test_first_operands_are_prefetched(kernels, lengths, parts, page_size, h_q, h_kv, d_qk):
+    """Both halves and rope of the first block of every part, once for all row tiles, and the queries of parts that begin
+    a sequence: each is then loaded."""
     count = (ctypes.c_int(), ctypes.c_int())
     kernels.take_prefetches(*map(ctypes.byref, count))
     case = Case("prefetched", lengths, h_q=h_q, h_kv=h_kv, d_qk=d_qk, page_size=page_size)
@@ -250,7 +251,9 @@ def test_first_keys_are_prefetched(kernels, lengths, parts, page_size, h_q, h_kv
     emulate_decode(kernels, case, parts)
     kernels.take_prefetches(*map(ctypes.byref, count))
     used = (metadata[:, 0] < case.b).sum()
-    assert [n.value for n in count] == [used * h_kv * -(-d_qk // 256) * max(64 // page_size, 1), 0]
+    keys = used * h_kv * -(-d_qk // 256) * max(64 // page_size, 1)
+    queries = (metadata[:used, 1] == 0).sum() * -(-h_q // 64) * 4 if h_kv == 1 else 0
+    assert [n.value for n in count] == [keys + queries, 0]
 
 
 @pytest.mark.parametrize("exponent", (-100, 100))

@@ -30,6 +30,9 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, uint64_t& bar, 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, int c0, int c1, int c2, int c3) {
   cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, c0, c1, c2, c3);
 }
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, int c0, int c1, int c2, int c3, int c4) {
+  cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, c0, c1, c2, c3, c4);
+}
 __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) { cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map)); }
 
 }  // namespace jax_flashmla

@@ -124,13 +124,20 @@ __device__ __forceinline__ void produce(const CUtensorMap& q_map, const CUtensor
 
 // ---- before the predecessor ends -----------------------------------------------------------------------------------------------------------------
 
-// Brings this CTA's first block of keys to L2 while memory has little else to do: a lane for each copy.
+// Brings this CTA's first block of keys to L2 while memory has little else to do, and queries, if it has the first piece of a sequence: asked for by all CTAs
+// of a sequence at once they come late. A lane for each copy.
 template <class Tr>
-__device__ __forceinline__ void prefetch_keys(const CUtensorMap& k_map, const CUtensorMap& rope_map, const DenseDecodeParams& p, int lane) {
+__device__ __forceinline__ void prefetch_operands(const CUtensorMap& q_map, const CUtensorMap& k_map, const CUtensorMap& rope_map, const DenseDecodeParams& p,
+                                                  int lane) {
   const int piece = lane / 4, tokens = min(p.page_size, kBlockTokens);
-  if (piece >= Tr::kFullBarriers || lane % 4 * tokens >= kBlockTokens || blockIdx.x > 0) return;  // row tiles share keys
   const Part part = load_part<true>(p, true);
   if (part.begin_seq >= p.b) return;
+  if (piece >= Tr::kFullBarriers) {
+    const int t = 2 * (lane - 4 * Tr::kFullBarriers);
+    if (t < 2 * Tr::kHalf && p.h_kv == 1 && part.begin_block <= 0) tma_prefetch(q_map, 0, blockIdx.x * kRowTile, t, 0, part.begin_seq);
+    return;
+  }
+  if (lane % 4 * tokens >= kBlockTokens || blockIdx.x > 0) return;  // row tiles share keys
   const int token = min(max(part.begin_block, 0), p.max_len / kBlockTokens) * kBlockTokens + lane % 4 * tokens;
   const int column = token >> (__ffs(p.page_size) - 1);
   if (column >= p.max_pages) return;
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_decode_kernel(const __grid_
   // Broadcast, so that the compiler sees warp-uniform branches.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
 
-  if (warp == 7) prefetch_keys<Tr>(k_map, rope_map, p, lane);  // a warp that waits for keys
+  if (warp == 7) prefetch_operands<Tr>(q_map, k_map, rope_map, p, lane);  // a warp that waits for keys
   // Without this ptxas takes the warps for divided, and adds 600 bytes to the loops.
   __syncwarp();
   if (warp >= 8)

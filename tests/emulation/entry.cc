@@ -16,7 +16,7 @@ int params_bytes(int which) {
                                sizeof(AppendParams),      sizeof(GatherParams),   sizeof(SparsePrefillParams)};
   return int(kBytes[which]);
 }
-// Of keys, since the last call: how many, and how many for nothing.
+// Since the last call: how many, and how many for nothing.
 void take_prefetches(int* all, int* unused) {
   *all = prefetches, *unused = int(prefetched.size());
   prefetches = 0, prefetched.clear();

@@ -39,14 +39,17 @@ inline auto tensor_map_encoder() {
 }
 
 // What was prefetched, and not loaded since.
-inline std::set<std::array<int, 4>> prefetched;
+inline std::set<std::vector<int>> prefetched;
 inline int prefetches = 0;
-inline void tma_prefetch(const CUtensorMap&, int c0, int c1, int c2, int c3) { prefetches += prefetched.insert({c0, c1, c2, c3}).second; }
+template <class... Coordinates>
+void tma_prefetch(const CUtensorMap&, Coordinates... coordinates) {
+  prefetches += prefetched.insert({int(coordinates)...}).second;
+}
 
 template <class... Coordinates>
 void tma_load(const CUtensorMap& map, Barrier& bar, void* dst, Coordinates... coordinates) {
   const int64_t start[] = {coordinates...};
-  if constexpr (sizeof...(coordinates) == 4) prefetched.erase({int(coordinates)...});
+  prefetched.erase({int(coordinates)...});
   emulation::at_any_time([&map, &bar, dst, start = std::to_array(start)] {
     uint32_t elements = 1;
     for (int i = 0; i < map.rank; ++i) elements *= map.box[i];
