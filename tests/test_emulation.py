@@ -140,6 +140,7 @@ def load(objects, library):
     loaded = ctypes.CDLL(str(library))
     loaded.emulate_dense_decode.restype = loaded.emulate_schedule.restype = ctypes.c_char_p
     loaded.emulate_combine.restype = loaded.emulate_sparse_decode.restype = ctypes.c_char_p
+    loaded.emulate_combine_meanwhile.restype = ctypes.c_char_p
     assert loaded.params_bytes(0) == ctypes.sizeof(DenseDecodeParams)
     assert loaded.params_bytes(1) == ctypes.sizeof(ScheduleParams)
     assert loaded.params_bytes(2) == ctypes.sizeof(SparseDecodeParams)
@@ -242,8 +243,8 @@ def test_listed_sequences(kernels):
     [((900, 400), 5, 64, 65, 1, 576), ((900,), 4, 16, 4, 2, 512), ((700, 1300, 640, 260), 2, 256, 16, 1, 576)],
 )
 def test_first_operands_are_prefetched(kernels, lengths, parts, page_size, h_q, h_kv, d_qk):
-    """Both halves and rope of the first block of every part, once for all row tiles, and the queries of parts that begin
-    a sequence: each is then loaded."""
+    """Both halves and rope of the first block of every part, once for all row tiles, and the queries of parts that
+    begin a sequence: each is then loaded."""
     count = (ctypes.c_int(), ctypes.c_int())
     kernels.take_prefetches(*map(ctypes.byref, count))
     case = Case("prefetched", lengths, h_q=h_q, h_kv=h_kv, d_qk=d_qk, page_size=page_size)
@@ -272,9 +273,21 @@ def to_fragments(out):
     return np.ascontiguousarray(parts.transpose(axes)).reshape(*out.shape[:-2], -1, 512)
 
 
+def test_partial_results_are_marked_as_absent(kernels):
+    """One uint4 in every line, and the numbers of every row, before they are written."""
+    counts = (ctypes.c_int(), ctypes.c_int(), ctypes.c_int())
+    kernels.take_marks(*map(ctypes.byref, counts))
+    assert emulate_decode(kernels, Case("marked", (1300, 200, 700), h_q=70), parts=7) >= 2
+    kernels.take_marks(*map(ctypes.byref, counts))
+    units, marked, unmarked_rows = (count.value for count in counts)
+    assert units == 8 * marked > 0 and unmarked_rows == 0
+
+
 @pytest.mark.parametrize("splits", (2, 4, 5, 9, 33, 132))
-def test_combine(kernels, splits):
-    """Every way to divide the work: two KV heads, rows that fill no group, a sequence that is whole."""
+@pytest.mark.parametrize("meanwhile", (False, True))
+def test_combine(kernels, splits, meanwhile):
+    """Every way to divide the work: two KV heads, rows that fill no group, a sequence that is whole. Meanwhile: partial
+    results come as combine looks for them, and old ones that are as good as any are where they are to come."""
     b, s_q, h_q, h_kv, rows = 3, 2, 20, 2, 20
     rng = np.random.default_rng(splits)
     num_splits = np.array([0, splits, splits, splits + 2], np.int32)
@@ -289,10 +302,19 @@ def test_combine(kernels, splits):
     scale = np.exp2(rng.integers(-9, 9, (*m.shape, 2))).astype(np.float32)
     fragments, stats = to_fragments(partial), np.concatenate([m[..., None], total[..., None], scale], -1)
     partial = np.repeat(scale, 256, -1) * partial
-    pointers = (x.ctypes.data for x in (num_splits, out, lse, fragments, stats))
+    left, left_stats = fragments, stats
+    if meanwhile:
+        left, left_stats = fragments[::-1].copy(), np.full(stats.shape, -1, np.int32)  # -1: kAbsent
+        left.view(np.int32).reshape(-1, 32)[:, 28:] = -1
+    pointers = (x.ctypes.data for x in (num_splits, out, lse, left, left_stats))
     sizes = (b, s_q, h_q, h_kv, h_q // h_kv, rows, 576, 64, slots + 1, slots)
     params = DecodeParams(0, 0, 0, *pointers, *sizes, 1.0, False, 0, None)
-    assert kernels.emulate_combine(ctypes.byref(params)) is None
+    if meanwhile:
+        sources = fragments.ctypes.data, fragments.nbytes // 128, stats.ctypes.data, stats.nbytes // 16
+        arguments = [kind(x) for kind, x in zip((ctypes.c_void_p, ctypes.c_int64) * 2, sources, strict=True)]
+        assert kernels.emulate_combine_meanwhile(ctypes.byref(params), *arguments, splits) is None
+    else:
+        assert kernels.emulate_combine(ctypes.byref(params)) is None
     for seq in range(b):
         own = slice(num_splits[seq], num_splits[seq + 1])
         if own.start == own.stop:

@@ -1,5 +1,6 @@
 #pragma once
 #include "hopper/barrier.cuh"
+#include "hopper/relaxed.cuh"
 
 namespace cutlass::arch {
 template <int>
@@ -10,7 +11,9 @@ void warpgroup_reg_dealloc() {}
 
 namespace jax_flashmla {
 
-inline void wait_for_predecessor() {}
+inline void wait_for_predecessor() {
+  while (!emulation::handed_over.empty()) emulation::hand_over_one();
+}
 inline void let_successor_start() {}
 template <class T>
 T read_early(const T& from) {
