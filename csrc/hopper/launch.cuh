@@ -13,7 +13,7 @@ namespace jax_flashmla {
 
 // Every kernel may start before its predecessor in the stream ends. A CTA waits here until that one is through and its writes are visible, before it touches
 // what the predecessor writes or reads, and one CTA at least waits in any case: a kernel's end therefore stands for the end of all before it, which successors
-// rely on, in CUDA graphs above all.
+// rely on, in CUDA graphs above all. Only combine does not wait for what dense decode hands over to it (splitkv/partial.cuh).
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

@@ -224,8 +224,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
   extern __shared__ char raw[];
   auto& smem = *reinterpret_cast<Storage*>(raw);
   let_successor_start();
-  // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. A job waits for the decode kernel, and so does
-  // the first CTA in any case: successors take this kernel's end for the end of all before it. The others, without a job, leave their SMs to the next kernel.
+  // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. A job waits for what it
+  // adds, and the first CTA for the end of the decode kernel: successors take this kernel's end for the end of all before it. The others, without a job, leave
+  // their SMs to the next kernel.
   const int lane = threadIdx.x & 31, groups = (p.rows + kFragmentRows - 1) / kFragmentRows, kv_groups = p.h_kv * groups;
   int own = blockIdx.x, before = 0;  // this CTA's next job, and the jobs of earlier sequences
   int patience = kSparse<Params> ? -1 : kPatience;

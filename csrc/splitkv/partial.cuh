@@ -8,7 +8,7 @@
 //
 // Dense decode hands its partial results over while it runs (relaxed.cuh): it first marks one uint4 in every line of 128 bytes, and the numbers that rows have
 // of their own, as absent, and combine, which starts behind that, takes what is absent no more. The eight lanes that share a line store it by one
-// instruction, and it arrives as one: NCCL's protocol LL128 relies on the same. A part of a line would do, but to mark all of it costs 64 rows 1.5 µs a call.
+// instruction, and it arrives as one: NCCL's protocol LL128 relies on the same. Marks in every uint4 would do without that, but cost 64 rows 1 µs a call.
 #pragma once
 
 #include <cuda_fp16.h>
