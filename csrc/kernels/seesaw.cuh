@@ -244,6 +244,12 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
     announce_partials(p, cta, warp, lane);
     arrive(smem.announced);
   }
+  auto leave = [](auto* to, const auto& x) {  // for combine
+    if constexpr (Tr::kGathered)
+      *to = x;
+    else
+      store_relaxed(to, x);
+  };
   auto rescale = [&] {
     pin(o);
     scale_rows(o, factor);
@@ -471,7 +477,7 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
         if (w.slot < 0)
           p.lse[lse_index(p, seq, own - token[r] * p.h_q, token[r])] = any ? lse * kLn2 : -INFINITY;
         else if (w.slot < p.slots)
-          store_relaxed(reinterpret_cast<float2*>(partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r])), make_float2(reference[r], total));
+          leave(reinterpret_cast<float2*>(partial_stats(p, w.slot, cta.kv_head(), cta.row0() + tile_row[r])), make_float2(reference[r], total));
         if constexpr (Tr::kPrefill) {
           const float logit = fmaxf(largest[r], smem.reference[1][tile_row[r]]) * scale_log2 * kLn2;
           if (w.slot < p.slots) (w.slot < 0 ? p.max_logits + int64_t(seq) * p.h_q : p.partial_max + int64_t(w.slot) * p.h_q)[own] = logit;
@@ -489,14 +495,17 @@ __device__ __forceinline__ void compute(const Params& p, Storage<Tr>& smem, int 
       partial_scales(o, scale);
       const int own = lane_again(), row = cta.row0() + 16 * warp + own / 4;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) inverse[r] = reciprocal_fast(scale[r]);
+      for (int r = 0; r < 2; ++r) {
+        inverse[r] = reciprocal_fast(scale[r]);
+        if (Tr::kGathered && row + 8 * r < p.rows && (own & 3) == 0) leave(&partial_stats(p, w.slot, cta.kv_head(), row + 8 * r)->scale[wg], scale[r]);
+      }
       uint4* out = partial_fragments(p, w.slot, cta.kv_head(), cta.row0() / kFragmentRows + warp) + wg * (kRowFragments / 2 * kFragmentLanes) + own;
 #pragma unroll
-      for (int i = 0; i < kRowFragments / 2; ++i) store_relaxed(out + i * kFragmentLanes, pack_partial(o + 8 * i, inverse));
-      // Last, because it is what combine looks at first.
+      for (int i = 0; i < kRowFragments / 2; ++i) leave(out + i * kFragmentLanes, pack_partial(o + 8 * i, inverse));
+      // Where they are handed over these come last, because they are what combine looks at first.
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (row + 8 * r < p.rows && (own & 3) == 0) store_relaxed(&partial_stats(p, w.slot, cta.kv_head(), row + 8 * r)->scale[wg], scale[r]);
+        if (!Tr::kGathered && row + 8 * r < p.rows && (own & 3) == 0) leave(&partial_stats(p, w.slot, cta.kv_head(), row + 8 * r)->scale[wg], scale[r]);
     }
     if (Tr::kAsked && wg == 1 && next_blocks > 1) ask(1);  // not earlier: its rows come behind the codes of the block before
   }
