@@ -96,10 +96,10 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
     index[r] = row < p.rows ? row / p.group * p.h_q + kv_head * p.group + row % p.group : -1;
   }
   if constexpr (kSparse<Params>) wait_for_predecessor();
-  // Whether to look again, behind the end of the decode kernel for the last time.
+  // Whether to look again, behind the end of the decode kernel for the last time, and then without what L1 still has of before.
   auto wait = [&](bool absent) {
     if (patience < 0 || !__any_sync(~0u, absent)) return false;
-    if (patience-- == 0) wait_for_predecessor();
+    if (patience-- == 0) wait_for_predecessor(), __threadfence();
     return true;
   };
 
@@ -128,7 +128,10 @@ __device__ __forceinline__ void combine(const Params& p, int seq, int kv_head, i
         const PartialStats* from = stats + int64_t(16 * turn + split) * stats_step;
         auto& [m, l, scale] = of[i];
         m = -INFINITY, l = scale = 0.f;
-        if (split < known) m = from->reference, l = from->sum, scale = from->scale[half];
+        if (split < known) {
+          const float2 both = reinterpret_cast<const float2&>(*from);  // by one load, as they were stored: where one is there both are
+          m = both.x, l = both.y, scale = from->scale[half];
+        }
       }
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
@@ -224,9 +227,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) combine_kernel(const __g
   extern __shared__ char raw[];
   auto& smem = *reinterpret_cast<Storage*>(raw);
   let_successor_start();
-  // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. A job waits for what it
-  // adds, and the first CTA for the end of the decode kernel: successors take this kernel's end for the end of all before it. The others, without a job, leave
-  // their SMs to the next kernel.
+  // The plan is there already: the decode kernel lets this one start when whoever made the plan is through. A job waits for what it adds, and the first CTA for
+  // the end of the decode kernel: successors take this kernel's end for the end of all before it. The others, without a job, leave their SMs to the next
+  // kernel.
   const int lane = threadIdx.x & 31, groups = (p.rows + kFragmentRows - 1) / kFragmentRows, kv_groups = p.h_kv * groups;
   int own = blockIdx.x, before = 0;  // this CTA's next job, and the jobs of earlier sequences
   int patience = kSparse<Params> ? -1 : kPatience;
