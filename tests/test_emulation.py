@@ -310,9 +310,9 @@ def test_combine(kernels, splits, meanwhile):
     sizes = (b, s_q, h_q, h_kv, h_q // h_kv, rows, 576, 64, slots + 1, slots)
     params = DecodeParams(0, 0, 0, *pointers, *sizes, 1.0, False, 0, None)
     if meanwhile:
-        sources = fragments.ctypes.data, fragments.nbytes // 128, stats.ctypes.data, stats.nbytes // 16
-        arguments = [kind(x) for kind, x in zip((ctypes.c_void_p, ctypes.c_int64) * 2, sources, strict=True)]
-        assert kernels.emulate_combine_meanwhile(ctypes.byref(params), *arguments, splits) is None
+        lines, stats_rows = ctypes.c_int64(fragments.nbytes // 128), ctypes.c_int64(stats.nbytes // 16)
+        sources = fragments.ctypes, lines, stats.ctypes, stats_rows
+        assert kernels.emulate_combine_meanwhile(ctypes.byref(params), *sources, splits) is None
     else:
         assert kernels.emulate_combine(ctypes.byref(params)) is None
     for seq in range(b):
